@@ -1,0 +1,1 @@
+"""The Gemma 4 decoder, its Keras model, adapters, quantization, names and loading."""
