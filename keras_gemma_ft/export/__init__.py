@@ -1,0 +1,1 @@
+"""A tuned model as files that other software reads."""
