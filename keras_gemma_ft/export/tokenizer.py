@@ -9,7 +9,6 @@ Face also matches first.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.export.chat_template import chat_template
+from keras_gemma_ft.export.staging import write_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -97,8 +97,8 @@ def write_tokenizer(directory: Path, model: bytes, variant: str, max_length: int
     tokenizer = from_sentencepiece(model)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
     vocabulary = tokenizer.get_vocab()
-    _write_json(directory / "tokenizer_config.json", tokenizer_config(vocabulary, max_length))
-    _write_json(directory / "generation_config.json", generation_config(vocabulary))
+    write_json(directory / "tokenizer_config.json", tokenizer_config(vocabulary, max_length))
+    write_json(directory / "generation_config.json", generation_config(vocabulary))
     (directory / "chat_template.jinja").write_text(chat_template(variant), encoding="utf-8")
 
 
@@ -187,7 +187,3 @@ def _is_special(piece: str, kind: int) -> bool:
     """Whether decoding for people leaves the piece out: control pieces and Gemma 4's markers."""
     marker = piece.startswith("<") and piece.endswith(">") and ("<|" in piece or "|>" in piece)
     return kind in (_CONTROL, _UNKNOWN) or marker or piece == "<mask>"
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
