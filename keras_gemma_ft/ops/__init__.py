@@ -1,0 +1,1 @@
+"""Kernels and numerical operations: each a ladder of implementations over a plain reference."""

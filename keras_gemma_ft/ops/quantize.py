@@ -1,0 +1,189 @@
+"""Quantized weights: what a frozen matrix is stored as, and the products and look-ups that read it.
+
+Two kinds: "nf4" (ops/nf4.py, 4.127 bits a weight) and "int8" (one scale for each output row). A
+`QuantizedTensor` is a pytree whose leading axes may stack layers, groups or experts, so `lax.scan` and
+indexing slice it like an array; its last two axes are always one matrix [out, in].
+
+Nothing keeps a dequantized copy: `linear` dequantizes once in the forward and again in the backward pass,
+each time where the product needs it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from keras_gemma_ft.ops import nf4
+
+Kind = Literal["nf4", "int8"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """A stack [...] of quantized matrices [out, in].
+
+    Attributes:
+        codes: nf4: uint8 [..., out, in/2], two codes a byte, the first in the high nibble; int8: int8 [...,
+            out, in].
+        absmax: nf4: the scale of each block of 64, [..., out·in/64], as uint8 codes, or as float32 where the
+            scales are not quantized; int8: float32 [..., out], the largest magnitude of each row.
+        nested: float32 [..., ceil(out·in/64/256)], the scales of the scales; None without double
+            quantization.
+        offset: float32 [...], the mean of the scales; None without double quantization.
+        kind: "nf4" or "int8".
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested: jax.Array | None
+    offset: jax.Array | None
+    kind: Kind = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, [..., out, in]."""
+        *stack, columns = self.codes.shape
+        return (*stack, 2 * columns if self.kind == "nf4" else columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def __getitem__(self, index: Any) -> "QuantizedTensor":
+        """Indexes the leading axes, as `array[index]` would."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+def quantize(weight: jax.typing.ArrayLike, kind: Kind = "nf4", double: bool = True) -> QuantizedTensor:
+    """Quantizes weights [..., out, in] (float32, bfloat16 or float16), each matrix by itself.
+
+    Traceable, and the bits do not depend on the device: give it a host array under `jax.default_device(cpu)`
+    to quantize on the host, or call it inside `jax.jit` on the accelerator.
+
+    Args:
+        weight: [..., out, in]. NF4 needs `in` even and `out · in` divisible by 64 (see
+            `nf4.quantize_blocks`).
+        kind: "nf4" or "int8".
+        double: Quantize the NF4 scales too. Ignored for int8.
+
+    Raises:
+        ValueError: Unknown kind, or a shape that NF4 cannot store.
+    """
+    weight = jnp.asarray(weight)
+    if kind == "int8":
+        absmax = jnp.max(jnp.abs(weight), axis=-1).astype(jnp.float32)
+        scale = 127 * nf4.reciprocal(absmax)[..., None]
+        return QuantizedTensor(jnp.rint(weight * scale).astype(jnp.int8), absmax, None, None, "int8")
+    if kind != "nf4":
+        raise ValueError(f"quantization kind must be 'nf4' or 'int8', got {kind!r}")
+    codes, absmax = nf4.quantize_blocks(weight)
+    if not double:
+        return QuantizedTensor(codes, absmax, None, None, "nf4")
+    return QuantizedTensor(codes, *nf4.quantize_absmax(absmax), "nf4")
+
+
+def quantize_pieces(
+    pieces: Iterable[jax.typing.ArrayLike], kind: Kind = "nf4", double: bool = True
+) -> QuantizedTensor:
+    """`quantize(concatenate(pieces))` of one matrix, bit for bit, holding one unquantized piece at a time.
+
+    For tensors too large to sit beside their quantized copy (an embedding table, streamed from its file).
+
+    Args:
+        pieces: Consecutive rows [rows, in]. For NF4 every piece must hold whole blocks: rows · in divisible by
+            64.
+        kind: As for `quantize`.
+        double: As for `quantize`.
+
+    Raises:
+        ValueError: As for `quantize`.
+    """
+    single = [jax.jit(quantize, static_argnums=(1, 2))(piece, kind, False) for piece in pieces]
+    tensor: QuantizedTensor = jax.tree.map(lambda *parts: jnp.concatenate(parts), *single)
+    if kind == "int8" or not double:
+        return tensor
+    return QuantizedTensor(tensor.codes, *jax.jit(nf4.quantize_absmax)(tensor.absmax), "nf4")
+
+
+def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+    """The weights [..., out, in] in `dtype`."""
+    if tensor.kind == "int8":
+        return _int8_values(tensor.codes, tensor.absmax, dtype)
+    absmax = tensor.absmax
+    if tensor.nested is not None and tensor.offset is not None:
+        absmax = nf4.dequantize_absmax(absmax, tensor.nested, tensor.offset)
+    return nf4.dequantize_blocks(tensor.codes, absmax, dtype)
+
+
+def gather_rows(
+    tensor: QuantizedTensor, ids: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> jax.Array:
+    """Rows `ids` (int [...]) of one quantized matrix, [..., in] in `dtype`; no other row is dequantized.
+
+    For embedding tables: equals `dequantize(tensor, dtype)[ids]` bit for bit.
+    """
+    if tensor.kind == "int8":
+        return _int8_values(tensor.codes[ids], tensor.absmax[ids], dtype)
+    return nf4.dequantize_rows(tensor.codes, tensor.absmax, tensor.nested, tensor.offset, ids, dtype)
+
+
+def _int8_values(codes: jax.Array, absmax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return (codes.astype(jnp.float32) * (absmax * np.float32(1 / 127))[..., None]).astype(dtype)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, tensor: QuantizedTensor) -> jax.Array:
+    """x [..., in] times one quantized matrix [out, in], transposed: [..., out] in x's dtype.
+
+    The gradient is taken with respect to x only. Each pass dequantizes for itself, behind an optimization
+    barrier that waits for the pass's own input: the compiler can neither keep the dequantized weight from one
+    pass to the other nor dequantize a whole block's weights ahead of their use.
+    """
+    tensor, x = jax.lax.optimization_barrier((tensor, x))
+    return jax.lax.dot_general(x, dequantize(tensor, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _linear_forward(x: jax.Array, tensor: QuantizedTensor) -> tuple[jax.Array, QuantizedTensor]:
+    return linear(x, tensor), tensor
+
+
+def _linear_backward(tensor: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
+    tensor, dy = jax.lax.optimization_barrier((tensor, dy))
+    return jax.lax.dot_general(dy, dequantize(tensor, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))), None
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+_PARTS = ("codes", "absmax", "nested", "offset")
+
+
+def to_arrays(tensor: QuantizedTensor, name: str) -> dict[str, np.ndarray]:
+    """The parts as numpy arrays named "NAME.KIND.PART" ("…q_proj.weight.nf4.codes")."""
+    parts = {part: getattr(tensor, part) for part in _PARTS}
+    return {
+        f"{name}.{tensor.kind}.{part}": np.asarray(array)
+        for part, array in parts.items()
+        if array is not None
+    }
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray], name: str) -> QuantizedTensor:
+    """What `to_arrays` wrote, bit for bit.
+
+    Raises:
+        KeyError: No quantized tensor of that name.
+    """
+    for kind in get_args(Kind):
+        if f"{name}.{kind}.codes" in arrays:
+            found = {part: arrays.get(f"{name}.{kind}.{part}") for part in _PARTS}
+            parts = {part: None if array is None else jnp.asarray(array) for part, array in found.items()}
+            return QuantizedTensor(**cast(dict[str, Any], parts), kind=kind)
+    raise KeyError(f"no quantized tensor named {name!r}")
