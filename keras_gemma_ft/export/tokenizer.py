@@ -10,7 +10,7 @@ Face also matches first.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def from_sentencepiece(model: bytes, where: str = "tokenizer.model") -> tokenize
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=list(_merges(pieces)),
+            merges=_merges(pieces),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -124,9 +124,12 @@ def tokenizer_config(vocabulary: Mapping[str, int], max_length: int) -> dict[str
         "sot_token": TURN_START,
         "eot_token": TURN_END,
     }
+    present = {role: piece for role, piece in roles.items() if piece in vocabulary}
+    markers = [piece for piece in vocabulary if _is_marker(piece) and piece not in present.values()]
     return {
         "tokenizer_class": "GemmaTokenizer",
-        **{role: piece for role, piece in roles.items() if piece in vocabulary},
+        **present,
+        "additional_special_tokens": sorted(markers, key=vocabulary.__getitem__),
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
@@ -172,18 +175,32 @@ def _parse(model: bytes, where: str) -> list[tuple[str, float, int]]:
     return [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
 
 
-def _merges(pieces: list[tuple[str, float, int]]) -> Iterator[tuple[str, str]]:
-    """Every split of every piece into two pieces, best-scored piece first."""
-    joinable = {piece for piece, _, kind in pieces if kind == _NORMAL}
-    by_score = sorted((-score, piece) for piece, score, kind in pieces if kind == _NORMAL)
-    for _, piece in by_score:
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in joinable and right in joinable:
-                yield left, right
+def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
+    """Every split of every piece into two pieces, best-scored piece first, then the longest left part.
+
+    Runs of one character are user-defined, so Hugging Face needs no merges for them; llama.cpp, which seeks
+    whole pieces before it turns spaces into `▁`, does.
+    """
+    joinable = {
+        piece: score
+        for piece, score, kind in pieces
+        if kind == _NORMAL or (kind == _USER_DEFINED and len(set(piece)) == 1)
+    }
+    ranked = [
+        (-score, -cut, cut - len(piece), (piece[:cut], piece[cut:]))
+        for piece, score in joinable.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in joinable and piece[cut:] in joinable
+    ]
+    ranked.sort(key=lambda split: split[:3])
+    return [pair for *_, pair in ranked]
 
 
 def _is_special(piece: str, kind: int) -> bool:
-    """Whether decoding for people leaves the piece out: control pieces and Gemma 4's markers."""
-    marker = piece.startswith("<") and piece.endswith(">") and ("<|" in piece or "|>" in piece)
-    return kind in (_CONTROL, _UNKNOWN) or marker or piece == "<mask>"
+    """Whether decoding for people leaves the piece out."""
+    return kind in (_CONTROL, _UNKNOWN) or _is_marker(piece) or piece == "<mask>"
+
+
+def _is_marker(piece: str) -> bool:
+    """Whether it is one of Gemma 4's own markers: `<|turn>`, `<turn|>`, `<|image|>` and their like."""
+    return piece.startswith("<") and piece.endswith(">") and ("<|" in piece or "|>" in piece)

@@ -132,6 +132,7 @@ def test_transformers_loads_it_offline_with_one_bos(small_model, tmp_path, varia
     assert prompt.count(bos) == 1
     assert prompt[:2] == [bos, turn]
     assert (loaded.sot_token, loaded.eot_token, loaded.model_max_length) == ("<|turn>", "<turn|>", 4096)
+    assert set(loaded.all_special_tokens) == {"<pad>", "<eos>", "<bos>", "<unk>", *MARKERS}
     assert loaded.decode(prompt, skip_special_tokens=True).startswith("user\nsing\nmodel\n")
     stops = GenerationConfig.from_pretrained(tmp_path).eos_token_id
     assert stops == [reference.piece_to_id(piece) for piece in ("<eos>", "<turn|>", "<|tool_response>")]
