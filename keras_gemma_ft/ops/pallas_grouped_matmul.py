@@ -132,12 +132,12 @@ def _product_kernel(
                     slab_mask[:, None] if depth % tiling.depth else None,
                     column_mask[None, :] if columns % tiling.columns else None,
                 )
-                return total + pl.dot(x, _load(rhs_ref.at[group, slab, wanted], *masks))
+                return total + _dot(x, _load(rhs_ref.at[group, slab, wanted], *masks), 1, 0)
             masks = (
                 column_mask[:, None] if columns % tiling.columns else None,
                 slab_mask[None, :] if depth % tiling.depth else None,
             )
-            return total + pl.dot(x, _load(rhs_ref.at[group, wanted, slab], *masks), trans_b=True)
+            return total + _dot(x, _load(rhs_ref.at[group, wanted, slab], *masks), 1, 1)
 
         zeros = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
         total = jax.lax.fori_loop(0, pl.cdiv(depth, tiling.depth), step, zeros)
@@ -188,7 +188,7 @@ def _weight_gradient_kernel(tiling, height, width, start_ref, end_ref, lhs_ref, 
         rows, mine = pl.ds(first, tiling.depth), (first + jnp.arange(tiling.depth) < end)[:, None]
         dy = _load(d_out_ref.at[rows, tall], mine, tall_mask[None, :] if height % tiling.rows else None)
         x = _load(lhs_ref.at[rows, wide], mine, wide_mask[None, :] if width % tiling.columns else None)
-        return total + pl.dot(dy, x, trans_a=True)
+        return total + _dot(dy, x, 0, 0)
 
     zeros = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(end - start, tiling.depth), step, zeros)
@@ -202,6 +202,11 @@ def _load(ref, *masks):
         return plgpu.load(ref)
     mask = given[0] if len(given) == 1 else given[0] & given[1]
     return plgpu.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0)
+
+
+def _dot(x, y, x_axis, y_axis):
+    """The float32 product of two tiles over one axis of each (`pl.dot` is gone from jax 0.12)."""
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _decline(lhs: jax.Array, rhs: jax.Array, interpret: bool) -> None:

@@ -95,8 +95,7 @@ def quantize_pieces(
     For tensors too large to sit beside their quantized copy (an embedding table, streamed from its file).
 
     Args:
-        pieces: Consecutive rows [rows, in]. For NF4 every piece must hold whole blocks: rows · in divisible by
-            64.
+        pieces: Consecutive rows [rows, in]; for NF4 whole blocks of them, rows · in divisible by 64.
         kind: As for `quantize`.
         double: As for `quantize`.
 
@@ -107,7 +106,7 @@ def quantize_pieces(
     tensor: QuantizedTensor = jax.tree.map(lambda *parts: jnp.concatenate(parts), *single)
     if kind == "int8" or not double:
         return tensor
-    return QuantizedTensor(tensor.codes, *jax.jit(nf4.quantize_absmax)(tensor.absmax), "nf4")
+    return QuantizedTensor(tensor.codes, *jax.jit(nf4.quantize_absmax)(tensor.absmax), kind="nf4")
 
 
 def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
