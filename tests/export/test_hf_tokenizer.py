@@ -10,8 +10,6 @@ import sentencepiece
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.export import tokenizer as hf_tokenizer
 
-MARKERS = ["<mask>", "<|tool>", "<tool|>", "<|tool_response>", "<|turn>", "<turn|>", '<|"|>']
-WHOLE = ["\n", "\n\n", "▁▁", "▁▁▁▁", "<b>", "</b>"]
 # Several scripts, characters without a piece, ties between two joins, pieces that are found before joining.
 FRAGMENTS = [
     " ",
@@ -39,51 +37,6 @@ def _fuzz(count: int) -> list[str]:
     return mixed + [
         text * repeat for text in ("a", "na", "aba", " ", "\n", "=", "0") for repeat in (3, 17, 64)
     ]
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory) -> bytes:
-    """A vocabulary of some hundred pieces, trained here the way Gemma's was."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    rng = random.Random(1)
-    words = [
-        "the",
-        "bathe",
-        "banana",
-        "bandana",
-        "sing",
-        "singing",
-        "thing",
-        "nothing",
-        "annal",
-        "abbey",
-        "x1",
-        "2024",
-    ]
-    text = "\n".join(" ".join(rng.choices(words, k=9)) + "," * rng.randint(0, 2) for _ in range(500))
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "small"),
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        user_defined_symbols=MARKERS + WHOLE,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return (folder / "small.model").read_bytes()
 
 
 def _assert_same_ids(model: bytes, texts: list[str]) -> None:
@@ -132,7 +85,19 @@ def test_transformers_loads_it_offline_with_one_bos(small_model, tmp_path, varia
     assert prompt.count(bos) == 1
     assert prompt[:2] == [bos, turn]
     assert (loaded.sot_token, loaded.eot_token, loaded.model_max_length) == ("<|turn>", "<turn|>", 4096)
-    assert set(loaded.all_special_tokens) == {"<pad>", "<eos>", "<bos>", "<unk>", *MARKERS}
+    assert set(loaded.all_special_tokens) == {
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        "<|tool>",
+        "<tool|>",
+        "<|tool_response>",
+        "<|turn>",
+        "<turn|>",
+        '<|"|>',
+    }
     assert loaded.decode(prompt, skip_special_tokens=True).startswith("user\nsing\nmodel\n")
     stops = GenerationConfig.from_pretrained(tmp_path).eos_token_id
     assert stops == [reference.piece_to_id(piece) for piece in ("<eos>", "<turn|>", "<|tool_response>")]
