@@ -1,0 +1,1 @@
+"""Conversations to packed rows of tokens, masks, segments and positions."""
