@@ -60,6 +60,8 @@ class Classification:
 
     def read(self, answer: str, labels: Sequence[str]) -> str:
         """The label that an answer names, or `INVALID` or `ABSTAINED`."""
+        if answer.strip() in labels:
+            return answer.strip()
         by_folded = {_fold(label): label for label in labels}
         folded = _fold(answer)
         if folded in by_folded:

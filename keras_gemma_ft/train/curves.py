@@ -47,7 +47,8 @@ class Slope:
     points: int
 
     def __str__(self) -> str:
-        return f"{1000 * self.value:+.3g} ± {1000 * self.error:.2g} per 1,000 steps"
+        text = f"{1000 * self.value:+.3g} ± {1000 * self.error:.2g} per 1,000 steps"
+        return text.replace("-", "−")
 
 
 def slope(curve: Curve, since: float) -> Slope | None:

@@ -27,7 +27,7 @@ def after_training(
     """
     advice = []
     if verdict:
-        about = f"verdict: {verdict['verdict']}"
+        about = verdict["verdict"]
         advice += [Advice(about, text) for text in verdict.get("remedies", ())]
         if verdict["verdict"] == "healthy" and settings.epochs and settings.epochs < 5:
             more = number(min(5, settings.epochs + 1))

@@ -55,6 +55,11 @@ def test_reading_a_label(answer, label):
     assert Classification().read(answer, LABELS) == label
 
 
+def test_labels_that_differ_only_in_case_are_kept_apart():
+    assert Classification().read("US", ["us", "US"]) == "US"
+    assert Classification().read("us", ["us", "US"]) == "us"
+
+
 def test_a_label_may_be_a_word_of_abstention():
     assert Classification().read("unknown", ["unknown", "known"]) == "unknown"
 
