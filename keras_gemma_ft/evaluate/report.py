@@ -19,7 +19,7 @@ from keras_gemma_ft.evaluate.statistics import Comparison, Interval
 from keras_gemma_ft.evaluate.table import judged, shown, shown_change, shown_interval, shown_p
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Template
 
 _WORST_SHOWN = 12
 _LONGEST_TEXT = 1200
@@ -56,8 +56,8 @@ def write_report(directory: str | Path, *, advice: Sequence[str] = (), title: st
         "missing": [(name, PARTS[name]) for name in run.missing],
         "audit": run.audit,
     }
-    html = _environment(escape=True).get_template("report.html.jinja").render(figures=figures(run), **shared)
-    markdown = _environment(escape=False).get_template("report.md.jinja").render(**shared)
+    html = template("report.html.jinja").render(figures=figures(run), **shared)
+    markdown = template("report.md.jinja", escape=False).render(**shared)
     path = run.directory / "report.html"
     write_text(path, html)
     write_text(run.directory / "report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")
@@ -198,7 +198,8 @@ def difference(expected: str, given: str) -> list[tuple[str, str]]:
     return pieces
 
 
-def _environment(*, escape: bool) -> Environment:
+def template(name: str, *, escape: bool = True) -> Template:
+    """A template of this package; HTML ones escape what they are given."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     folder = resources.files(__package__).joinpath("templates")
@@ -210,7 +211,7 @@ def _environment(*, escape: bool) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-    return environment
+    return environment.get_template(name)
 
 
 def _interval(record: Mapping[str, Any] | None) -> Interval | None:
