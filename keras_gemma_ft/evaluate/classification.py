@@ -138,24 +138,25 @@ def _micro_f1(sums: np.ndarray) -> np.ndarray:
 
 def _details(read: list[str], references: list[str], labels: list[str]) -> dict[str, object]:
     """Scores per class by scikit-learn; the confusion matrix has columns for answers that are no label."""
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support
 
     used = [label for label in labels if label in {*references, *read}]
     precision, recall, f1, support = precision_recall_fscore_support(
         references, read, labels=used, zero_division=0.0
     )
     columns = [*used, *(extra for extra in (ABSTAINED, INVALID) if extra in read)]
-    matrix = confusion_matrix(references, read, labels=columns)[: len(used)]
-    confused = Counter(
-        (expected, ours) for expected, ours in zip(references, read, strict=True) if expected != ours
-    )
+    pairs = Counter(zip(references, read, strict=True))
+    confused = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
     return {
         "labels": used,
         "per_class": [
             {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
             for label, p, r, f, n in zip(used, precision, recall, f1, support, strict=True)
         ],
-        "confusion": {"columns": columns, "counts": matrix.tolist()},
+        "confusion": {
+            "columns": columns,
+            "counts": [[pairs[expected, ours] for ours in columns] for expected in used],
+        },
         "most_confused": [
             {"expected": expected, "predicted": ours, "count": count}
             for (expected, ours), count in confused.most_common(10)

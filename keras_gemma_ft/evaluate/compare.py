@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
+from keras_gemma_ft.data.rows import Conversation, Message
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.evaluate.examples import ConversationLike, Example, Message
+from keras_gemma_ft.evaluate.examples import Example, text_of
 from keras_gemma_ft.evaluate.files import write_json, write_lines
 from keras_gemma_ft.evaluate.statistics import Comparison, Metric, compare, ratio_metric
 from keras_gemma_ft.evaluate.tasks import Outcome, Task, TaskScores, build_task
@@ -26,7 +27,7 @@ class Model(Protocol):
     def generate(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
         """Greedy answers to message lists, without their stop tokens."""
 
-    def score(self, conversations: Sequence[ConversationLike]) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
         """Per conversation, float `[rows]` the summed loss in nats and int `[rows]` the supervised tokens."""
 
 
@@ -118,7 +119,7 @@ class Evaluation:
 
 def evaluate_models(
     tuned: Model,
-    conversations: Sequence[ConversationLike],
+    conversations: Sequence[Conversation],
     *,
     base: Model | None = None,
     task: Task | str = "auto",
@@ -182,7 +183,7 @@ def evaluate_models(
 
 def _evaluate_one(
     model: Model,
-    conversations: Sequence[ConversationLike],
+    conversations: Sequence[Conversation],
     examples: Sequence[Example],
     task: Task,
     max_new_tokens: int,
@@ -222,15 +223,14 @@ def loss_metrics(losses: np.ndarray, tokens: np.ndarray) -> list[Metric]:
 
 
 def _confidences(
-    model: Model, conversations: Sequence[ConversationLike], texts: Sequence[str]
+    model: Model, conversations: Sequence[Conversation], texts: Sequence[str]
 ) -> list[float | None]:
     """exp(−loss) of each model's own answer in the place of the expected one.
 
     None where the answer is empty, and where earlier model turns would count into the loss.
     """
-    own: list[Any] = []
-    places = []
-    for place, (conversation, text) in enumerate(zip(cast(Sequence[Any], conversations), texts, strict=True)):
+    own, places = [], []
+    for place, (conversation, text) in enumerate(zip(conversations, texts, strict=True)):
         turns = [message["role"] for message in conversation.messages]
         if text and turns.count("model") + turns.count("assistant") == 1:
             messages = [*conversation.messages[:-1], {**conversation.messages[-1], "content": text}]
@@ -247,7 +247,7 @@ def _confidences(
 def _row_json(row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {
         "origin": row.example.origin,
-        "prompt": [{"role": m["role"], "content": m["content"]} for m in row.example.prompt],
+        "prompt": [{"role": m["role"], "content": text_of(m)} for m in row.example.prompt],
         "reference": row.example.reference,
     }
     for name, answer in (("base", row.base), ("tuned", row.tuned)):

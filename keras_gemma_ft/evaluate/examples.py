@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from keras_gemma_ft.data.rows import Conversation, Message
 from keras_gemma_ft.errors import UserError
 
-Message = Mapping[str, Any]
 _MODEL_ROLES = frozenset({"model", "assistant"})
-
-
-class ConversationLike(Protocol):
-    """What evaluation reads of a `keras_gemma_ft.data.rows.Conversation`."""
-
-    @property
-    def messages(self) -> Sequence[Message]: ...
-
-    @property
-    def origin(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +18,7 @@ class Example:
 
     Attributes:
         prompt: The messages before the last model turn.
-        reference: The content of the last model turn, stripped.
+        reference: The text of the last model turn, stripped.
         origin: Where the row came from ("test.jsonl:7").
         constraints: What an answer must satisfy, see `instructions.py`; empty where nothing was asked.
     """
@@ -39,26 +29,34 @@ class Example:
     constraints: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_conversation(cls, conversation: ConversationLike) -> Example:
+    def from_conversation(cls, conversation: Conversation) -> Example:
         """Cuts a conversation before its last model turn.
 
         Constraints are read from the last message's own field `constraints`.
 
         Raises:
-            UserError: The conversation does not end in a model turn with something before it.
+            UserError: The conversation does not end in a model turn with text, after something that asks
+                for it.
         """
         *prompt, last = conversation.messages
-        if last["role"] not in _MODEL_ROLES or not prompt:
+        reference = text_of(last).strip()
+        if last["role"] not in _MODEL_ROLES or not prompt or not reference:
             raise UserError(
                 "an evaluation row must end in an answer of the model, after something that asks for it",
                 where=conversation.origin or None,
                 remedy="add the expected answer as the last message (role 'model'), or remove the row.",
             )
-        return cls(
-            tuple(prompt), str(last["content"]).strip(), conversation.origin, last.get("constraints") or {}
-        )
+        return cls(tuple(prompt), reference, conversation.origin, last.get("constraints") or {})
 
     @property
     def question(self) -> str:
-        """The content of the last message before the answer."""
-        return str(self.prompt[-1]["content"])
+        """The text of the last message before the answer."""
+        return text_of(self.prompt[-1])
+
+
+def text_of(message: Message) -> str:
+    """The text of a message whose content is a string, a list of text parts, or missing."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)

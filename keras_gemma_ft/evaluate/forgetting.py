@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.evaluate.compare import Evaluation, Model, evaluate_models
-from keras_gemma_ft.evaluate.examples import ConversationLike, Message
 from keras_gemma_ft.evaluate.files import read_lines
 from keras_gemma_ft.evaluate.table import shown
 
@@ -18,20 +17,11 @@ _TOLERANCE = 0.05
 _ALPHA = 0.05
 
 
-@dataclass(frozen=True)
-class GeneralConversation:
-    """One of the conversations that ship."""
-
-    messages: Sequence[Message]
-    origin: str
-    label: str | None = None
-
-
-def general_conversations() -> list[GeneralConversation]:
+def general_conversations() -> list[Conversation]:
     """The shipped general set: short everyday requests, most with constraints that can be checked."""
     with resources.as_file(resources.files(__package__).joinpath("general.jsonl")) as path:
         return [
-            GeneralConversation(record["messages"], f"general.jsonl:{number}")
+            Conversation(record["messages"], f"general.jsonl:{number}")
             for number, record in enumerate(read_lines(path), 1)
         ]
 
@@ -39,7 +29,7 @@ def general_conversations() -> list[GeneralConversation]:
 def forgetting_check(
     tuned: Model,
     base: Model,
-    conversations: Sequence[ConversationLike] | None = None,
+    conversations: Sequence[Conversation] | None = None,
     *,
     source: str = "the general set that ships",
     **options: Any,

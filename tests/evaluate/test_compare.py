@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate import comparison_table, evaluate_models, forgetting_check, general_conversations
-from keras_gemma_ft.evaluate.forgetting import GeneralConversation as Conversation
 
 
 @dataclass
@@ -203,3 +203,12 @@ def test_forgetting_on_the_users_own_rows_needs_no_constraints():
         "perplexity",
     )
     assert [name for name, *_ in tuned.calls] == ["score"]
+
+
+def test_content_in_parts_is_text():
+    parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "billing"}]
+    answer = [{"type": "text", "text": "billing "}]
+    row = Conversation([{"role": "user", "content": parts}, {"role": "assistant", "content": answer}], "x")
+    evaluation = evaluate_models(Fake(lambda content: "billing"), [row] * 4, task="classification")
+    assert evaluation.metric("accuracy").tuned.value == 1
+    assert evaluation.rows[0].example.question == "Is it billing"

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate import evaluate_models
-from keras_gemma_ft.evaluate.forgetting import GeneralConversation as Conversation
 from keras_gemma_ft.evaluate.plots import reliability
 from keras_gemma_ft.evaluate.report import difference, write_report
 from keras_gemma_ft.evaluate.run_record import read_run
