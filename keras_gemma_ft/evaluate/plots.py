@@ -28,7 +28,7 @@ _ID = re.compile(r'(?<=\s)id="|href="#|url\(#')
 
 
 @contextlib.contextmanager
-def _figure(name: str, size: tuple[float, float] = _SIZE) -> Iterator[tuple[Axes, list[str]]]:
+def svg_figure(name: str, size: tuple[float, float] = _SIZE) -> Iterator[tuple[Axes, list[str]]]:
     """Yields axes, and a list that holds the SVG afterwards."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -64,7 +64,7 @@ def loss_curves(run: RunRecord) -> str | None:
     held_steps, held_out = run.curve("eval_loss")
     if not len(train_steps) and not len(held_steps):
         return None
-    with _figure("loss") as (axes, svg):
+    with svg_figure("loss") as (axes, svg):
         if len(train_steps):
             axes.plot(train_steps, train, color=_FAINT, linewidth=0.6)
             axes.plot(
@@ -107,7 +107,7 @@ def series(run: RunRecord, name: str, label: str) -> str | None:
     steps, values = run.curve(name)
     if not len(steps):
         return None
-    with _figure(name, (_SIZE[0], 2.4)) as (axes, svg):
+    with svg_figure(name, (_SIZE[0], 2.4)) as (axes, svg):
         axes.plot(steps, values, color=_DARK, linewidth=1.4)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
@@ -124,7 +124,7 @@ def confusion_matrix(details: Mapping[str, Any]) -> str | None:
     labels, columns = details["labels"], confusion["columns"]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     labelled = len(labels) <= _MOST_LABELLED
-    with _figure("confusion", (5.2, 4.6)) as (axes, svg):
+    with svg_figure("confusion", (5.2, 4.6)) as (axes, svg):
         axes.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.grid(False)
         axes.set_ylabel("expected")
@@ -154,7 +154,7 @@ def length_against_error(predictions: Sequence[Mapping[str, Any]]) -> str | None
     if len(edges) < 3:
         return None
     bins = np.clip(np.searchsorted(edges, words, side="right") - 1, 0, len(edges) - 2)
-    with _figure("length") as (axes, svg):
+    with svg_figure("length") as (axes, svg):
         for name, style in _STYLE.items():
             if name not in predictions[0]:
                 continue
@@ -194,7 +194,7 @@ def calibration(predictions: Sequence[Mapping[str, Any]]) -> str | None:
     found = calibrations(predictions)
     if not found:
         return None
-    with _figure("calibration") as (axes, svg):
+    with svg_figure("calibration") as (axes, svg):
         axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="perfect")
         for name, (points, error) in found.items():
             axes.plot(*points, **_STYLE[name], label=f"{name}: error {error:.3f}")
