@@ -92,6 +92,8 @@ class Evaluation:
 
     def worst(self, count: int = _WORST) -> list[Row]:
         """The rows on which the tuned model fails worst, by score and then by loss per token."""
+        if self.kind == "perplexity":  # nothing was answered
+            return []
         wrong = [row for row in self.rows if row.tuned.outcome.score < 1 and not row.tuned.outcome.correct]
         return sorted(
             wrong, key=lambda row: (row.tuned.outcome.score, -row.tuned.loss / max(1, row.tuned.tokens))

@@ -242,3 +242,42 @@ def test_reliability_of_a_perfectly_calibrated_and_of_an_overconfident_model():
     points, error = reliability(np.full(100, 1.0), np.arange(100) < 60)
     assert error == pytest.approx(0.4)
     np.testing.assert_allclose(points, [[1.0], [0.6]])
+
+
+KINDS = {
+    "extraction": ('{"time": "7 pm"}', ['{"time": "8 pm"}', "no"]),
+    "numeric": ("so\n#### 42", ["#### 41", "#### 42"]),
+    "generation": ("The cat sat on the mat.", ["A cat sat there.", ""]),
+    "instructions": ("yes", ["yes", "certainly not"]),
+    "perplexity": ("any text", ["", ""]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_base", [True, False])
+def test_every_kind_of_task_has_its_report(tmp_path, kind, with_base):
+    reference, answers = KINDS[kind]
+
+    class Answers(Fake):
+        def generate(self, prompts, max_new_tokens):
+            return [answers[n % 2] for n in range(len(prompts))]
+
+    answer = {"role": "model", "content": reference, "constraints": {"max_words": 1}}
+    rows = [Conversation([{"role": "user", "content": "q " * n + "?"}, answer], f"t:{n}") for n in range(12)]
+    base = Answers(0, 1.0) if with_base else None
+    evaluate_models(Answers(0, 0.5), rows, base=base, task=kind, calibrate=True).save(tmp_path)
+    write_report(tmp_path)
+    text = Page((tmp_path / "report.html").read_text()).text
+    markdown = (tmp_path / "report.md").read_text()
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    for metric in numbers["metrics"]:
+        assert metric["title"] in text
+        assert f"| {metric['title']} |" in markdown
+    assert ("Base against tuned" in text) is with_base
+    assert ("Held-out results" in text) is not with_base
+    expected = {
+        "extraction": "Scores per slot",
+        "generation": "nrefs:1",
+        "instructions": "Constraints kept",
+    }
+    assert expected.get(kind, "held-out loss") in text
