@@ -2,8 +2,8 @@
 
 A row's constraints are an object with any of these fields; all that are given must hold:
 
-    {"json_schema": {...}, "regex": "\\d+ km", "full_match": "yes|no", "keywords": ["refund"], "forbidden":
-    ["sorry"],
+    {"json_schema": {...}, "regex": "\\d+ km", "full_match": "yes|no",
+     "keywords": ["refund"], "forbidden": ["sorry"],
      "min_words": 5, "max_words": 50, "max_characters": 280, "max_sentences": 2, "max_lines": 3,
      "starts_with": "Dear", "ends_with": "."}
 """

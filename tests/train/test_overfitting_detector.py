@@ -147,6 +147,17 @@ def test_a_resumed_run_is_judged_with_its_past(tmp_path):
     assert detector.verdicts[-1].step == 200
 
 
+def test_a_resumed_run_restores_from_its_checkpoints_even_a_best_before_the_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step + 1, "loss": loss} for step, loss in enumerate(TRAIN[:100])]
+    lines += [{"step": 10 * (place + 1), "eval_loss": loss} for place, loss in enumerate(HELD_OUT[:10])]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    restored = []
+    options = {"step": 100, "metrics_file": path, "action": "stop_and_restore_best"}
+    replay(TRAIN[100:], HELD_OUT[10:], restore=restored.append, **options)
+    assert restored == [80]
+
+
 def test_without_held_out_rows_each_epoch_is_judged():
     from keras_gemma_ft.train.callbacks import OverfittingDetector
 

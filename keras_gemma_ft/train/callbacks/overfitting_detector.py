@@ -107,11 +107,9 @@ class OverfittingDetector(keras.callbacks.Callback):
         logs = logs or {}
         if not self.batch_losses and "loss" in logs:
             self._train.append((self._step, logs["loss"]))
-        if "val_loss" in logs and (not self._held_out or self._held_out[-1][0] != self._step):
-            self.record_held_out(float(logs["val_loss"]))
-        elif not self.batch_losses and self._held_out and self._held_out[-1][0] == self._step:
-            self._judge()  # the epoch's training loss came after its held-out loss
-        elif not self._held_out:
+        # An ordinary model's training loss of an epoch comes after its held-out loss.
+        measured = bool(self._held_out) and self._held_out[-1][0] == self._step
+        if not self._held_out or (measured and not self.batch_losses):
             self._judge()
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
@@ -189,5 +187,5 @@ class OverfittingDetector(keras.callbacks.Callback):
             ):
                 if record.get(field) is not None:
                     points.append((step, record[field]))
-        if self._held_out:
+        if self._held_out and self.restore is not None:  # weights of before the resume are in no memory
             self._best = min((loss, step) for step, loss in self._held_out)
