@@ -1,0 +1,276 @@
+"""Checkpoints of a run, by Orbax: what is trained, how far, and never the frozen base.
+
+On disk, under the run's `checkpoints/`, one directory for each step that is kept, the best and the last:
+
+    checkpoints/120/weights     adapters (or all weights, for method full), by name relative to the model
+    checkpoints/120/optimizer   its variables, by name
+    checkpoints/120/random      states of the model's seed generators, in their order
+
+with the step, the held-out loss and the data position as Orbax metadata. Orbax writes a directory beside and
+renames it when it is whole, so a run killed while saving leaves the checkpoints of before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import keras
+import numpy as np
+
+from keras_gemma_ft.errors import UserError
+
+Which = Literal["best", "last"]
+RESUMABLE = ("weights", "optimizer", "random")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint.
+
+    Attributes:
+        step: Updates made when it was saved.
+        eval_loss: Held-out loss at that step; None where it was not measured.
+        position: What the run needs to go on with the data: plain JSON.
+    """
+
+    step: int
+    eval_loss: float | None = None
+    position: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run in the background; use as a context, which ends when all is on disk.
+
+    Args:
+        directory: The run's `checkpoints/`; created. Remains of a save that was killed are removed.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        from orbax.checkpoint import v1 as orbax
+
+        policies = orbax.training.preservation_policies
+        best = policies.BestN(
+            # Orbax's best has the highest metric. A loss that is not a number is the worst there is.
+            get_metric_fn=lambda metrics: -_finite(metrics["eval_loss"]),
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._writer = orbax.training.Checkpointer(
+            Path(directory).absolute(),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the latest checkpoint, on disk or on its way there."""
+        latest = self._writer.latest
+        return latest.step if latest is not None else None
+
+    def save(
+        self,
+        model: keras.Model,
+        step: int,
+        *,
+        eval_loss: float | None = None,
+        position: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves the model's state, copied before this returns; the writing goes on in the background.
+
+        During `fit`, call `model.jax_state_sync()` first. A checkpoint of that step that exists is replaced.
+        """
+        self.wait()
+        # Copies, because the buffers of variables are donated to the next step. Many processes hand over
+        # their own shards instead and wait for the end.
+        many = jax.process_count() > 1
+        state = {
+            part: {
+                name: variable.value if many else np.array(variable.value) for name, variable in items.items()
+            }
+            for part, items in _state(model).items()
+        }
+        self._pending = self._writer.save_checkpointables_async(
+            step,
+            {part: values for part, values in state.items() if values},
+            force=True,
+            overwrite=self.last_step == step,
+            metrics=None if eval_loss is None else {"eval_loss": _finite(eval_loss)},
+            custom_metadata={"step": step, "eval_loss": eval_loss, "position": dict(position or {})},
+        )
+        if many:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the latest save is whole on disk.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Waits for the latest save and releases Orbax's threads."""
+        self.wait()
+        self._writer.close()
+
+
+def find(directory: str | Path, which: Which | int = "last") -> Saved | None:
+    """The best or the last checkpoint, or that of a given step; None where there is none.
+
+    The best is the one with the lowest held-out loss; where none was measured, the last.
+    """
+    from orbax.checkpoint import v1 as orbax
+
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        return None
+    with orbax.training.Checkpointer(directory) as reader:
+        steps = {item.step: (item.metrics or {}).get("eval_loss") for item in reader.checkpoints}
+        measured = {step: loss for step, loss in steps.items() if loss is not None}
+        if not steps or (isinstance(which, int) and which not in steps):
+            return None
+        if isinstance(which, int):
+            step = which
+        elif which == "best" and measured:
+            step = min(measured, key=lambda step: (measured[step], step))
+        else:
+            step = max(steps)
+        metadata = reader.checkpointables_metadata(step).custom_metadata or {}
+    return Saved(step, metadata.get("eval_loss"), metadata.get("position") or {})
+
+
+def restore(
+    model: keras.Model, directory: str | Path, which: Which | int = "last", *, resume: bool = False
+) -> Saved:
+    """Puts the trained weights of a checkpoint into a model that has the same adapters.
+
+    Args:
+        model: Built, with `enable_lora` called as in the run (or none, for method full).
+        directory: The run's `checkpoints/`.
+        which: "best" by held-out loss, "last", or a step.
+        resume: Also the optimizer and the random state, of a compiled model, to go on training.
+
+    Raises:
+        UserError: There is no such checkpoint, or it does not fit the model; then nothing is changed.
+    """
+    from orbax.checkpoint import v1 as orbax
+
+    saved = find(directory, which)
+    if saved is None:
+        wanted = f"of step {which}" if isinstance(which, int) else ""
+        raise UserError(
+            f"holds no checkpoint {wanted}".rstrip(),
+            where=str(directory),
+            remedy="train first: keras-gemma-ft train --config=… --workdir=….",
+        )
+    state = {part: items for part, items in _state(model).items() if items and (resume or part == "weights")}
+    with orbax.training.Checkpointer(Path(directory).absolute()) as reader:
+        stored = reader.checkpointables_metadata(saved.step).metadata
+        for part, items in state.items():
+            _require_fit(part, items, stored.get(part) or {}, f"{directory}/{saved.step}")
+        wanted_arrays = {
+            part: {name: _abstract(variable) for name, variable in items.items()}
+            for part, items in state.items()
+        }
+        values = reader.load_checkpointables(saved.step, wanted_arrays)
+    for part, items in state.items():
+        for name, variable in items.items():
+            variable.assign(values[part][name])
+    return saved
+
+
+def load_weights(directory: str | Path, which: Which | int = "best") -> dict[str, np.ndarray]:
+    """The trained weights of a checkpoint by name, in host memory, without a model.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    from orbax.checkpoint import v1 as orbax
+
+    saved = find(directory, which)
+    if saved is None:
+        raise UserError("holds no checkpoint", where=str(directory), remedy="train first.")
+    with orbax.training.Checkpointer(Path(directory).absolute()) as reader:
+        stored = reader.checkpointables_metadata(saved.step).metadata["weights"]
+        wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+        return reader.load_checkpointables(saved.step, {"weights": wanted})["weights"]
+
+
+def relative_name(model: keras.Model, path: str) -> str:
+    """A variable's path without the model's own name, which Keras counts up within a process."""
+    root = f"{model.name}/"
+    return path.removeprefix(root).replace(f".{model.name}.", ".")
+
+
+def _state(model: keras.Model) -> dict[str, dict[str, keras.Variable]]:
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    generators = [
+        variable
+        for variable in model.non_trainable_variables
+        if variable.path.endswith("seed_generator_state")
+    ]
+    return {
+        "weights": _by_name(model, model.trainable_variables),
+        "optimizer": _by_name(model, optimizer.variables if optimizer is not None else []),
+        "random": {str(place): variable for place, variable in enumerate(generators)},
+    }
+
+
+def _by_name(model: keras.Model, variables: list[keras.Variable]) -> dict[str, keras.Variable]:
+    named = {relative_name(model, variable.path): variable for variable in variables}
+    if len(named) != len(variables):
+        raise ValueError(
+            "two variables of the model have the same path, so a checkpoint could not tell them apart"
+        )
+    return named
+
+
+def _require_fit(
+    part: str, items: Mapping[str, keras.Variable], stored: Mapping[str, Any], where: str
+) -> None:
+    for name, variable in items.items():
+        if name not in stored:
+            what = f"has no {part} for {name!r}"
+        elif tuple(stored[name].shape) != tuple(variable.shape):
+            shapes = f"{tuple(stored[name].shape)}, in the model {tuple(variable.shape)}"
+            what = f"holds {part} {name!r} of shape {shapes}"
+        else:
+            continue
+        raise UserError(
+            what, where=where, remedy="use the preset, method and lora.* of the run (its config.json)."
+        )
+    unused = sorted(stored.keys() - items.keys())
+    if unused:
+        raise UserError(
+            f"holds {part} {unused[0]!r}, which the model has not",
+            where=where,
+            remedy="use the preset, method and lora.* of the run (its config.json).",
+        )
+
+
+def _abstract(variable: keras.Variable) -> jax.ShapeDtypeStruct:
+    value = variable.value
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else 1e30
