@@ -5,7 +5,7 @@ from typing import Any
 
 Message = dict[str, Any]
 """One message: `role`, `content` (str, list of text parts, or None), and optionally `reasoning` or
-`reasoning_content` (str), `tool_calls`, `tool_responses`, `name`, `tool_call_id`."""
+`reasoning_content` (str), `tool_calls`, `name`, `tool_call_id`."""
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from keras_gemma_ft.data.script import check_encodable
 from keras_gemma_ft.errors import UserError
 
 SPACE = "▁"
@@ -155,15 +156,9 @@ class Tokenizer:
         Raises:
             UserError: A text holds half of a surrogate pair, which is no character.
         """
-        try:
-            for text in texts:
-                if not text.isascii():
-                    text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds half of a surrogate pair ({error.object[error.start]!r})",
-                remedy="write the character itself, or both halves (JSON: \\ud83d\\ude00).",
-            ) from error
+        for text in texts:
+            if not text.isascii():
+                check_encodable(text)
         return self.backend.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:

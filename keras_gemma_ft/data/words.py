@@ -15,7 +15,8 @@ not cut.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -40,21 +41,22 @@ class WordTable:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._cuts = _Cuts(tokenizer)
+        self._cuts = _cuts(tokenizer)
         self._clear()
 
     def _clear(self) -> None:
-        self._index: dict[str, int] = {}
+        self._index: dict[str | None, int] = {}
         self.token_ids = np.zeros(0, np.int32)
         self.starts = np.zeros(0, np.int64)
         self.lengths = np.zeros(0, np.int64)
+        self._add([None], [[self._tokenizer.bos]])
 
     def split(self, text: str) -> list[str]:
         """Cuts a text into words whose ids together are the ids of the text."""
         return self._cuts.split(text)
 
-    def encode(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of words.
+    def encode(self, words: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of words; None is `<bos>`, which SentencePiece reads in no text.
 
         Returns:
             `(token_ids, lengths)`: int32 ids of all words in order, and int64 number of ids of each word.
@@ -63,21 +65,21 @@ class WordTable:
         starts, lengths = self.starts[indices], self.lengths[indices]
         return self.token_ids[ragged_arange(starts, lengths)], lengths
 
-    def _look_up(self, words: list[str]) -> np.ndarray:
+    def _look_up(self, words: Sequence[str | None]) -> np.ndarray:
         if len(self.starts) > _MOST_WORDS or len(self.token_ids) > _MOST_IDS:
             self._clear()
         unseen = set(words)
         unseen.difference_update(self._index)
         if unseen:
-            self._add(sorted(unseen))
+            novel = [word for word in unseen if word is not None]
+            self._add(novel, self._tokenizer.encode_batch(novel))
         indices = np.fromiter(map(self._index.__getitem__, words), np.int64, len(words))
         for word in unseen:
-            if len(word) > _LONGEST_WORD:
+            if word is not None and len(word) > _LONGEST_WORD:
                 del self._index[word]  # its ids stay until the table is cleared
         return indices
 
-    def _add(self, words: list[str]) -> None:
-        encoded = self._tokenizer.encode_batch(words)
+    def _add(self, words: Sequence[str | None], encoded: list[list[int]]) -> None:
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         flat = np.fromiter((i for ids in encoded for i in ids), np.int32, int(lengths.sum()))
         starts = len(self.token_ids) + np.cumsum(lengths) - lengths
@@ -119,6 +121,11 @@ class _Cuts:
             return _WORD.findall(text)
         # Twice as fast as the regular expression; it leaves some empty words, which have no ids.
         return text.replace(" ", "\0 ").replace("\n", "\0\n\0").split("\0")
+
+
+@lru_cache(maxsize=8)
+def _cuts(tokenizer: Tokenizer) -> _Cuts:
+    return _Cuts(tokenizer)
 
 
 _WORD = re.compile(r" {2,}|\n+| [^ \n]*|[^ \n]+")
