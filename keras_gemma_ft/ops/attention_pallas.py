@@ -1,0 +1,476 @@
+"""FlashAttention-2 as Triton kernels written in Pallas, for head dims that cuDNN has no kernel for.
+
+Forward keeps the output and the logarithm of each row's sum; backward recomputes the weights from it, once
+for dq and once or twice for dk and dv (Dao 2023, arXiv:2307.08691, algorithms 1 and 2). Memory is linear in
+the length. K and V are never repeated: the kernel of dk and dv runs through the query heads that share one.
+
+Which blocks a program visits is decided before the kernel, from the causal order, the window and the smallest
+and largest segment of each block: an interval, so that the loop has no branches and its loads can be
+pipelined. Inside it, every block is masked.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+
+from keras_gemma_ft.ops.attention_mask import RESIDUALS, may_attend
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # deprecated since jax 0.11; without it this rung declines
+    plgpu = None  # type: ignore[assignment]
+
+LOG2_E = math.log2(math.e)
+# Logits live in base 2. A hidden one is so far below the initial maximum that its weight is exactly 0, also
+# in a row that sees nothing, whose maximum stays the initial one.
+INITIAL_TOP, HIDDEN = -1e30, -2e30
+SEES_NOTHING = 1e30  # the logarithm of the sum of such a row: the backward pass's weights underflow to 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How one kernel is cut.
+
+    Attributes:
+        queries: Queries of a block, a power of two, at least 16.
+        keys: Keys of a block, likewise.
+        warps: Warps of a program.
+        stages: Blocks of the inner loop in flight.
+    """
+
+    queries: int
+    keys: int
+    warps: int = 8
+    stages: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The kernels' tilings for one head dim.
+
+    Attributes:
+        forward: A program holds a block of queries and runs through keys.
+        dq: Likewise.
+        dkv: A program holds a block of keys and runs through queries. One tiling: one kernel for both. Two: a
+            kernel for dk and one for dv, which compute the weights twice, and in return have registers for
+            twice as many keys.
+    """
+
+    forward: Tiling
+    dq: Tiling
+    dkv: Tiling | tuple[Tiling, Tiling]
+
+
+# Cut to a Hopper multiprocessor: 64k registers hold one [64, 512] float32 accumulator beside the operands,
+# 227 KB of shared memory hold three [64, 512] bfloat16 blocks.
+TUNING = {
+    256: Tuning(Tiling(128, 64), Tiling(64, 64), Tiling(32, 64)),
+    512: Tuning(
+        Tiling(64, 32), Tiling(64, 32, stages=1), (Tiling(32, 64, stages=1), Tiling(32, 64, stages=1))
+    ),
+}
+SMALL = Tuning(*[Tiling(32, 32, warps=4)] * 3)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array,
+    window: int | None,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Arguments and result as in `keras_gemma_ft.ops.attention.attention`, and:
+
+    Args:
+        tuning: How the kernels are cut; None takes the head dim's.
+        interpret: Run the kernels' arithmetic in JAX, on any platform and in any dtype (slow).
+
+    Raises:
+        NotImplementedError: No GPU, operands that are not 16-bit floats, a head dim that is not a power of
+            two from 16 to 512, or a JAX without Pallas-Triton.
+    """
+    if plgpu is None:
+        raise NotImplementedError("this JAX has no Triton backend for Pallas")
+    dim = q.shape[-1]
+    if dim < 16 or dim > 512 or dim & (dim - 1):
+        raise NotImplementedError(f"head dim must be a power of two from 16 to 512, got {dim}")
+    if not interpret:
+        if jax.default_backend() != "gpu":
+            raise NotImplementedError(f"needs a GPU, this is {jax.default_backend()}")
+        if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+            raise NotImplementedError(f"needs bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}")
+    return flash_attention(window, tuning or TUNING.get(dim, SMALL), interpret, q, k, v, segment_ids)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def flash_attention(
+    window: int | None,
+    tuning: Tuning,
+    interpret: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """The kernels without `attention`'s checks, so that a machine without GPU can lower them."""
+    return _forward(window, tuning, interpret, q, k, v, segment_ids)[0]
+
+
+def _forward(window, tuning, interpret, q, k, v, segment_ids):
+    out, log_sum = forward(window, tuning.forward, interpret, q, k, v, segment_ids)
+    out, log_sum = checkpoint_name(out, RESIDUALS), checkpoint_name(log_sum, RESIDUALS)
+    return out, (q, k, v, segment_ids, out, log_sum)
+
+
+def _backward(window, tuning, interpret, residuals, d_out):
+    q, k, v, segment_ids, out, log_sum = residuals
+    # How much of a row's gradient the softmax takes away again, [B, H, T].
+    delta = jnp.einsum("bthd,bthd->bht", out, d_out, preferred_element_type=jnp.float32)
+    shared = (q, k, v, d_out, log_sum, delta, segment_ids)
+    dq = query_gradient(window, tuning.dq, interpret, *shared)
+    if isinstance(tuning.dkv, Tiling):
+        dk, dv = key_value_gradient(window, tuning.dkv, interpret, ("dk", "dv"), *shared)
+    else:
+        (dk,) = key_value_gradient(window, tuning.dkv[0], interpret, ("dk",), *shared)
+        (dv,) = key_value_gradient(window, tuning.dkv[1], interpret, ("dv",), *shared)
+    return dq, dk, dv, None
+
+
+flash_attention.defvjp(_forward, _backward)
+
+
+# --- What a program visits ----------------------------------------------------------------------------------
+
+
+def visited_keys(segment_ids: jax.Array, tiling: Tiling, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """For each block of queries, the first block of keys that it can see and the one after the last.
+
+    Returns:
+        Two of int32 [B, blocks of queries]; equal where nothing is seen.
+    """
+    visible = _block_may_attend(segment_ids, tiling, window)
+    return _interval(visible, axis=2)
+
+
+def visited_queries(
+    segment_ids: jax.Array, tiling: Tiling, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """For each block of keys, the first block of queries that can see it and the one after the last."""
+    visible = _block_may_attend(segment_ids, tiling, window)
+    return _interval(visible, axis=1)
+
+
+def _block_may_attend(segment_ids: jax.Array, tiling: Tiling, window: int | None) -> jax.Array:
+    """bool [B, blocks of queries, blocks of keys]: False where no query sees a key."""
+    first_query, last_query, low_query, high_query = _block_extent(segment_ids, tiling.queries)
+    first_key, last_key, low_key, high_key = _block_extent(segment_ids, tiling.keys)
+    visible = first_key[None, :] <= last_query[:, None]
+    if window is not None:
+        visible &= first_query[:, None] - last_key[None, :] < window
+    return (
+        visible
+        & (low_query[:, :, None] <= high_key[:, None, :])
+        & (low_key[:, None, :] <= high_query[:, :, None])
+    )
+
+
+def _block_extent(segment_ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """First and last index [N], and smallest and largest segment [B, N] without padding, of the blocks."""
+    blocks = jnp.pad(segment_ids, ((0, 0), (0, -segment_ids.shape[1] % size))).reshape(
+        segment_ids.shape[0], -1, size
+    )
+    first = jnp.arange(blocks.shape[1]) * size
+    low = jnp.where(blocks == 0, jnp.iinfo(jnp.int32).max, blocks).min(axis=2)
+    return first, first + size - 1, low, blocks.max(axis=2)
+
+
+def _interval(visible: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    count = visible.shape[axis]
+    number = jax.lax.broadcasted_iota(jnp.int32, visible.shape, axis)
+    end = jnp.where(visible, number + 1, 0).max(axis)
+    return jnp.minimum(jnp.where(visible, number, count).min(axis), end), end
+
+
+# --- Forward ------------------------------------------------------------------------------------------------
+
+
+def forward(
+    window: int | None,
+    tiling: Tiling,
+    interpret: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, H, D], and the base-2 logarithm of the sum of exponentials, float32 [B, H, T]."""
+    B, T, H, _ = q.shape
+    first, end = visited_keys(segment_ids, tiling, window)
+    return pl.pallas_call(
+        partial(_forward_kernel, tiling, window),
+        grid=(H, B, pl.cdiv(T, tiling.queries)),
+        out_shape=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, H, T), jnp.float32),
+        ),
+        compiler_params=_compiler_params(tiling),
+        interpret=interpret,
+        name="attention_forward",
+    )(q, k, v, segment_ids, first, end)
+
+
+def _forward_kernel(
+    tiling, window, q_ref, k_ref, v_ref, segment_ref, first_ref, end_ref, out_ref, log_sum_ref
+):
+    head, row = pl.program_id(0), pl.program_id(1)
+    block = pl.num_programs(2) - 1 - pl.program_id(2)  # under a causal mask the last block has most to do
+    key_head = _key_head(head, q_ref, k_ref)
+    length, dim = q_ref.shape[1], q_ref.shape[3]
+    queries = _Rows(block, tiling.queries, length)
+    q = queries.load(q_ref, row, head)
+    query_segments = queries.load_vector(segment_ref, row)
+
+    def step(i, carry):
+        out, top, total = carry
+        keys = _Rows(i, tiling.keys, length)
+        logits = LOG2_E * _dot(q, keys.load(k_ref, row, key_head), 1, 1)
+        visible = may_attend(
+            queries.index[:, None],
+            keys.index[None, :],
+            query_segments[:, None],
+            keys.load_vector(segment_ref, row)[None, :],
+            window,
+        )
+        logits = jnp.where(visible, logits, HIDDEN)
+        new_top = jnp.maximum(top, logits.max(axis=1))
+        weights = jnp.exp2(logits - new_top[:, None])
+        shrink = jnp.exp2(top - new_top)
+        v = keys.load(v_ref, row, key_head)
+        out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v, 1, 0)
+        return out, new_top, total * shrink + weights.sum(axis=1)
+
+    out, top, total = jax.lax.fori_loop(
+        first_ref[row, block],
+        end_ref[row, block],
+        step,
+        (
+            jnp.zeros((tiling.queries, dim), jnp.float32),
+            jnp.full((tiling.queries,), INITIAL_TOP, jnp.float32),
+            jnp.zeros((tiling.queries,), jnp.float32),
+        ),
+    )
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    queries.store(out_ref, row, head, out / total[:, None])
+    queries.store_vector(log_sum_ref, row, head, jnp.where(seen, top + jnp.log2(total), SEES_NOTHING))
+
+
+# --- Backward -----------------------------------------------------------------------------------------------
+
+
+def query_gradient(
+    window: int | None,
+    tiling: Tiling,
+    interpret: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    d_out: jax.Array,
+    log_sum: jax.Array,
+    delta: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """dq [B, T, H, D]."""
+    B, T, H, _ = q.shape
+    first, end = visited_keys(segment_ids, tiling, window)
+    return pl.pallas_call(
+        partial(_query_gradient_kernel, tiling, window),
+        grid=(H, B, pl.cdiv(T, tiling.queries)),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=_compiler_params(tiling),
+        interpret=interpret,
+        name="attention_dq",
+    )(q, k, v, d_out, log_sum, delta, segment_ids, first, end)
+
+
+def _query_gradient_kernel(
+    tiling,
+    window,
+    q_ref,
+    k_ref,
+    v_ref,
+    d_out_ref,
+    log_sum_ref,
+    delta_ref,
+    segment_ref,
+    first_ref,
+    end_ref,
+    dq_ref,
+):
+    head, row = pl.program_id(0), pl.program_id(1)
+    block = pl.num_programs(2) - 1 - pl.program_id(2)
+    key_head = _key_head(head, q_ref, k_ref)
+    length, dim = q_ref.shape[1], q_ref.shape[3]
+    queries = _Rows(block, tiling.queries, length)
+    q, d_out = queries.load(q_ref, row, head), queries.load(d_out_ref, row, head)
+    query_segments = queries.load_vector(segment_ref, row)
+    log_sum = queries.load_vector(log_sum_ref, row, head)
+    delta = queries.load_vector(delta_ref, row, head)
+
+    def step(i, dq):
+        keys = _Rows(i, tiling.keys, length)
+        k = keys.load(k_ref, row, key_head)
+        visible = may_attend(
+            queries.index[:, None],
+            keys.index[None, :],
+            query_segments[:, None],
+            keys.load_vector(segment_ref, row)[None, :],
+            window,
+        )
+        logits = jnp.where(visible, LOG2_E * _dot(q, k, 1, 1), HIDDEN)
+        weights = jnp.exp2(logits - log_sum[:, None])
+        d_weights = _dot(d_out, keys.load(v_ref, row, key_head), 1, 1)
+        d_logits = weights * (d_weights - delta[:, None])
+        return dq + _dot(d_logits.astype(k.dtype), k, 1, 0)
+
+    dq = jax.lax.fori_loop(
+        first_ref[row, block], end_ref[row, block], step, jnp.zeros((tiling.queries, dim), jnp.float32)
+    )
+    queries.store(dq_ref, row, head, dq)
+
+
+def key_value_gradient(
+    window: int | None,
+    tiling: Tiling,
+    interpret: bool,
+    wanted: tuple[str, ...],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    d_out: jax.Array,
+    log_sum: jax.Array,
+    delta: jax.Array,
+    segment_ids: jax.Array,
+) -> list[jax.Array]:
+    """The `wanted` of "dk" and "dv", each [B, S, K, D], in this order."""
+    B, S, K, _ = k.shape
+    first, end = visited_queries(segment_ids, tiling, window)
+    return pl.pallas_call(
+        partial(_key_value_gradient_kernel, tiling, window, wanted),
+        grid=(K, B, pl.cdiv(S, tiling.keys)),  # under a causal mask the first block has most to do
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype) for _ in wanted],
+        compiler_params=_compiler_params(tiling),
+        interpret=interpret,
+        name="attention_" + "_".join(wanted),
+    )(q, k, v, d_out, log_sum, delta, segment_ids, first, end)
+
+
+def _key_value_gradient_kernel(
+    tiling,
+    window,
+    wanted,
+    q_ref,
+    k_ref,
+    v_ref,
+    d_out_ref,
+    log_sum_ref,
+    delta_ref,
+    segment_ref,
+    first_ref,
+    end_ref,
+    *gradient_refs,
+):
+    key_head, row, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    length, dim = q_ref.shape[1], q_ref.shape[3]
+    group = q_ref.shape[2] // k_ref.shape[2]
+    keys = _Rows(block, tiling.keys, length)
+    k = keys.load(k_ref, row, key_head)
+    v = keys.load(v_ref, row, key_head) if "dk" in wanted else None
+    key_segments = keys.load_vector(segment_ref, row)
+    first, end = first_ref[row, block], end_ref[row, block]
+    blocks = end - first
+
+    def step(i, gradients):
+        # One loop over query heads and blocks: a loop inside a loop would drain the pipeline for each head.
+        head = key_head * group + jax.lax.div(i, blocks)
+        queries = _Rows(first + jax.lax.rem(i, blocks), tiling.queries, length)
+        q, d_out = queries.load(q_ref, row, head), queries.load(d_out_ref, row, head)
+        visible = may_attend(
+            queries.index[None, :],
+            keys.index[:, None],
+            queries.load_vector(segment_ref, row)[None, :],
+            key_segments[:, None],
+            window,
+        )
+        # Transposed, [keys, queries]: so the weights are the left operand of both products below.
+        logits = jnp.where(visible, LOG2_E * _dot(k, q, 1, 1), HIDDEN)
+        weights = jnp.exp2(logits - queries.load_vector(log_sum_ref, row, head)[None, :])
+        updates = {}
+        if "dv" in wanted:
+            updates["dv"] = _dot(weights.astype(d_out.dtype), d_out, 1, 0)
+        if "dk" in wanted:
+            d_weights = _dot(v, d_out, 1, 1)
+            d_logits = weights * (d_weights - queries.load_vector(delta_ref, row, head)[None, :])
+            updates["dk"] = _dot(d_logits.astype(q.dtype), q, 1, 0)
+        return tuple(total + updates[name] for total, name in zip(gradients, wanted, strict=True))
+
+    zeros = jnp.zeros((tiling.keys, dim), jnp.float32)
+    gradients = jax.lax.fori_loop(0, group * blocks, step, (zeros,) * len(wanted))
+    for ref, gradient in zip(gradient_refs, gradients, strict=True):
+        keys.store(ref, row, key_head, gradient)
+
+
+# --- Blocks -------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """A block of `size` consecutive rows of arrays [B, T, heads, D], [B, T] or [B, heads, T] in a kernel.
+
+    What lies beyond the last row is read as zero, which is the segment of padding, and never written.
+    """
+
+    def __init__(self, block: Any, size: int, length: int) -> None:
+        start = block * size
+        self.rows = pl.ds(start, size)
+        self.index = start + jnp.arange(size, dtype=jnp.int32)
+        self.inside = self.index < length if length % size else None
+
+    def load(self, ref: Any, row: Any, head: Any) -> jax.Array:
+        tile = ref.at[row, self.rows, head, :]
+        if self.inside is None:
+            return plgpu.load(tile)
+        return plgpu.load(tile, mask=jnp.broadcast_to(self.inside[:, None], tile.shape), other=0)
+
+    def load_vector(self, ref: Any, *outer: Any) -> jax.Array:
+        tile = ref.at[(*outer, self.rows)]
+        return plgpu.load(tile) if self.inside is None else plgpu.load(tile, mask=self.inside, other=0)
+
+    def store(self, ref: Any, row: Any, head: Any, value: jax.Array) -> None:
+        tile = ref.at[row, self.rows, head, :]
+        mask = None if self.inside is None else jnp.broadcast_to(self.inside[:, None], tile.shape)
+        plgpu.store(tile, value.astype(ref.dtype), mask=mask)
+
+    def store_vector(self, ref: Any, row: Any, head: Any, value: jax.Array) -> None:
+        plgpu.store(ref.at[row, head, self.rows], value.astype(ref.dtype), mask=self.inside)
+
+
+def _key_head(head, q_ref, k_ref):
+    return jax.lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[2]))
+
+
+def _dot(x, y, x_axis, y_axis):
+    """The float32 product of two blocks over one axis of each (`pl.dot` is gone from jax 0.12)."""
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _compiler_params(tiling: Tiling) -> Any:
+    return plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages)
