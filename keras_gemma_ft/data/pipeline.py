@@ -1,0 +1,130 @@
+"""Feeds training: the batches of a dataset in order, made ready ahead of the device.
+
+`tf_dataset` is the usual way; `iterate` gives the same batches on a machine without TensorFlow. Both start at
+any step at once, because a batch follows from its number: that is all there is to resuming exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from keras_gemma_ft.data.dataset import Batch, PackedDataset
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+_AHEAD = 4  # batches made ready; a batch is some hundred kilobytes
+
+
+def iterate(
+    dataset: PackedDataset,
+    batch_size: int,
+    seed: int = 0,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Training batches from `start_step` up to, not including, `stop_step` (None: without end).
+
+    A thread reads ahead; an error in it is raised where the batch would have come.
+    """
+    return _read_ahead(
+        lambda step: dataset.batch(step, batch_size, seed, process_index, process_count),
+        start_step,
+        stop_step,
+    )
+
+
+def iterate_once(
+    dataset: PackedDataset, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """All rows once, in order, for validation; the last batch is filled up with rows of padding."""
+    return _read_ahead(
+        lambda step: dataset.evaluation_batch(step, batch_size, process_index, process_count),
+        0,
+        dataset.steps(batch_size),
+    )
+
+
+def tf_dataset(
+    dataset: PackedDataset,
+    batch_size: int,
+    seed: int = 0,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> tf.data.Dataset:
+    """The batches of `iterate` as a `tf.data.Dataset`, read in parallel and in order."""
+    read = dataset.batch
+    return _tf_dataset(
+        lambda step: read(step, batch_size, seed, process_index, process_count),
+        (batch_size // process_count, dataset.length),
+        start_step,
+        stop_step,
+    )
+
+
+def tf_dataset_once(
+    dataset: PackedDataset, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> tf.data.Dataset:
+    """The batches of `iterate_once` as a `tf.data.Dataset`."""
+    read = dataset.evaluation_batch
+    return _tf_dataset(
+        lambda step: read(step, batch_size, process_index, process_count),
+        (batch_size // process_count, dataset.length),
+        0,
+        dataset.steps(batch_size),
+    )
+
+
+def _tf_dataset(
+    read: Callable[[int], Batch], shape: tuple[int, int], start_step: int, stop_step: int | None
+) -> tf.data.Dataset:
+    import tensorflow as tf
+
+    dtypes = {"token_ids": tf.int32, "positions": tf.int32, "segment_ids": tf.int32, "loss_mask": tf.bool}
+
+    def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
+        arrays = tf.numpy_function(lambda n: list(read(int(n)).values()), [step], list(dtypes.values()))
+        return {name: tf.ensure_shape(array, shape) for name, array in zip(dtypes, arrays, strict=True)}
+
+    steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max if stop_step is None else stop_step)
+    return steps.map(load, num_parallel_calls=2, deterministic=True).prefetch(_AHEAD)
+
+
+def _read_ahead(read: Callable[[int], Batch], start: int, stop: int | None) -> Iterator[Batch]:
+    ready: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=_AHEAD)
+    abandoned = threading.Event()
+
+    def put(item: Batch | Exception | None) -> None:
+        while not abandoned.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        step = start
+        try:
+            while not abandoned.is_set() and (stop is None or step < stop):
+                put(read(step))
+                step += 1
+            put(None)
+        except Exception as error:  # raised again in the thread that asked for the batch
+            put(error)
+
+    threading.Thread(target=work, name="read-ahead", daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        abandoned.set()
