@@ -67,6 +67,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._pending: Any = None
+        latest = self._writer.latest
+        self.last_step: int | None = latest.step if latest is not None else None
+        """Step of the latest checkpoint, on disk or on its way there."""
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -75,12 +78,6 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def last_step(self) -> int | None:
-        """Step of the latest checkpoint, on disk or on its way there."""
-        latest = self._writer.latest
-        return latest.step if latest is not None else None
 
     def save(
         self,
@@ -112,6 +109,7 @@ class Checkpoints:
             metrics=None if eval_loss is None else {"eval_loss": _finite(eval_loss)},
             custom_metadata={"step": step, "eval_loss": eval_loss, "position": dict(position or {})},
         )
+        self.last_step = step
         if many:
             self.wait()
 

@@ -297,7 +297,7 @@ def config_from(values: Mapping[str, Any]) -> ConfigDict:
         try:
             place[leaf] = value
         except TypeError as error:
-            raise _wrong_type(BY_NAME[name], value) from error
+            raise wrong_type(BY_NAME[name], value) from error
     validate(config)
     return config
 
@@ -378,7 +378,7 @@ def _check(field: Field, value: Any) -> None:
             raise UserError("must not be None", where=field.name, remedy=f"the default is {field.default!r}.")
         return
     if not _is_of(field.type, value):
-        raise _wrong_type(field, value)
+        raise wrong_type(field, value)
     if field.choices and value not in field.choices:
         near = difflib.get_close_matches(value, field.choices, 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -424,7 +424,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
         )
 
 
-def _wrong_type(field: Field, value: Any) -> UserError:
+def wrong_type(field: Field, value: Any) -> UserError:
+    """The error for a value that the field's type does not allow."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
     none = " or None" if field.none else ""
     return UserError(

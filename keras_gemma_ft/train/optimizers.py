@@ -92,7 +92,8 @@ class AdamW(keras.optimizers.Optimizer):
             ("decay", optax.add_decayed_weights(weight_decay, mask=_decayed)),
         )
         self._names: list[str] = []
-        self._planned = total_steps is not None or (schedule == "constant" and not warmup_ratio)
+        # On the host too: during `fit`, Keras takes the values out of the variables.
+        self._planned_steps = 1 if schedule == "constant" and not warmup_ratio else total_steps
         self._total_steps = self._state("total_steps", np.int32(total_steps or 0))
         self._optax_state: list[keras.Variable] = []
         self._structure: Any = None
@@ -101,12 +102,11 @@ class AdamW(keras.optimizers.Optimizer):
         """Sets the length of the schedule, unless the constructor was given one."""
         if self._settings["total_steps"] is None:
             self._total_steps.assign(total_steps)
-            self._planned = True
+            self._planned_steps = total_steps
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the update number `step`, counted from 0; computed on the host."""
-        self._require_plan()
-        return float(self.rate(step, int(self._total_steps.value)))
+        return float(self.rate(step, self._require_plan()))
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
@@ -152,13 +152,14 @@ class AdamW(keras.optimizers.Optimizer):
         step, total = jnp.asarray(self._iterations.value), jnp.asarray(self._total_steps.value)
         return self.rate(step, jnp.maximum(total, 1), jnp)
 
-    def _require_plan(self) -> None:
-        if not self._planned:
+    def _require_plan(self) -> int:
+        if self._planned_steps is None:
             raise UserError(
                 "the length of the learning-rate schedule is not known",
                 where="adamw(total_steps=None)",
                 remedy="give adamw(…, total_steps=…), or fit with the callback PlanSchedule().",
             )
+        return self._planned_steps
 
     def _state(self, name: str, value: Any) -> keras.Variable:
         with keras.name_scope(self.name, caller=self):

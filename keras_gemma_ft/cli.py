@@ -1,0 +1,238 @@
+"""The command line: `keras-gemma-ft VERB --flag=value …`. Flags, then one call; everything else is below.
+
+Nothing heavy is imported here: a verb's module is imported when the verb is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from keras_gemma_ft.config import describe, known, validate, wrong_type
+from keras_gemma_ft.errors import UserError
+
+PROGRAM = "keras-gemma-ft"
+_HELP = ("--help", "-h", "--helpshort", "--helpfull")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        help: One line.
+        example: What one would type after the verb.
+        define: Adds the verb's flags, besides --workdir.
+        call: Runs it: gets the config, and the parsed flags.
+        takes_config: Whether --config names a recipe; otherwise the config is that of the run in --workdir.
+    """
+
+    help: str
+    example: str
+    call: Callable[[ConfigDict, flags.FlagValues], Any]
+    define: Callable[[flags.FlagValues], Any] = lambda values: None
+    takes_config: bool = False
+
+
+def _function(module: str, name: str = "main") -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"keras_gemma_ft.{module}"), name)
+
+
+# Name → what it does. A verb stands here once it works.
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "fine-tune a preset on a file of conversations",
+        "--config=tiny --workdir=runs/first [--config.lora.rank=32] [--resume]",
+        lambda config, given: _function("train.run")(config, given.workdir, resume=given.resume),
+        lambda values: flags.DEFINE_bool(
+            "resume", False, "go on with the run in --workdir, with its own config", flag_values=values
+        ),
+        takes_config=True,
+    ),
+}
+
+
+def run() -> None:
+    """The console script: never returns."""
+    # Before anything reads it. Only what goes wrong is worth a line from TensorFlow's runtime.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one verb.
+
+    Args:
+        arguments: Without the program's name.
+
+    Returns:
+        The exit code: 0; 2 for a fault in what the user gave; 128 + its number where a signal ended it.
+    """
+    verb, *rest = arguments or ["help"]
+    if verb in ("help", *_HELP):
+        print(overview())
+        return 0
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                "there is no such verb", where=verb, remedy=f"{hint}There are: {', '.join(VERBS)}."
+            )
+        if any(argument in _HELP for argument in rest):
+            print(verb_help(verb))
+            return 0
+        config, given = parse(verb, rest)
+        VERBS[verb].call(config, given)
+    except UserError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        remedy = f"{PROGRAM} train --workdir=… --resume goes on after the last checkpoint."
+        print(str(stop) or f"\nStopped at once. {remedy}", file=sys.stderr)
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+    return 0
+
+
+def parse(verb: str, arguments: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
+    """The config with its overrides, validated, and the other flags of a verb.
+
+    Raises:
+        UserError: An unknown flag, a value that does not fit, a config that is missing or faulty.
+    """
+    from keras_gemma_ft.recipes import read_recipe, read_run_config
+
+    recipe, overrides, own = _sort(arguments)
+    given = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "the run directory", flag_values=given)
+    VERBS[verb].define(given)
+    _read(given, own, verb)
+    if not given.workdir:
+        raise UserError("no run directory is given", where="--workdir", remedy="add --workdir=DIR.")
+    if not VERBS[verb].takes_config and (recipe is not None or overrides):
+        raise UserError(
+            f"{verb} takes the config of the run", where=f"--config={recipe}", remedy="leave --config out."
+        )
+    if recipe is not None:
+        config = read_recipe(recipe)
+    elif not VERBS[verb].takes_config or getattr(given, "resume", False):
+        config = read_run_config(given.workdir)
+    else:
+        raise UserError(
+            "no config is given",
+            where="--config",
+            remedy=f"for example: {PROGRAM} {verb} {VERBS[verb].example}",
+        )
+    return _overridden(config, overrides, verb), given
+
+
+def overview() -> str:
+    """What there is, for `keras-gemma-ft` alone and `--help`."""
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            "Fine-tune Gemma 4: from a file of conversations to a tuned, evaluated, exported model.",
+            "",
+            f"usage: {PROGRAM} VERB --flag=value …",
+            "",
+            *(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()),
+            "",
+            f"A first run:  {PROGRAM} train {VERBS['train'].example}",
+            f"More on one:  {PROGRAM} VERB --help",
+        ]
+    )
+
+
+def verb_help(verb: str) -> str:
+    """What a verb does and takes, the config's fields included."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    VERBS[verb].define(values)
+    lines = [f"{verb}: {VERBS[verb].help}", "", f"usage: {PROGRAM} {verb} {VERBS[verb].example}", ""]
+    lines += [f"  --{name:<12} {values[name].help}" for name in values]
+    if VERBS[verb].takes_config:
+        from keras_gemma_ft.recipes import shipped
+
+        lines += [
+            f"  --{'config':<12} a recipe: a path, or one of {', '.join(shipped())}",
+            "",
+            "Every field of the config can be set as --config.FIELD=VALUE:",
+            "",
+            describe(),
+        ]
+    return "\n".join(lines)
+
+
+def _sort(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
+    """The recipe, the config's fields as --config.field=value, and all other flags."""
+    recipe, overrides, own = None, [], []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        name = argument.lstrip("-").partition("=")[0]
+        is_config = argument.startswith("-") and name.removeprefix("no").partition(".")[0] == "config"
+        if is_config and "=" not in argument and left and not left[0].startswith("-"):
+            argument = f"{argument}={left.pop(0)}"
+        if not is_config:
+            own.append(argument)
+        elif "." in name:
+            overrides.append(argument)
+        else:
+            recipe = argument.partition("=")[2]
+    return recipe, overrides, own
+
+
+def _overridden(config: ConfigDict, overrides: Sequence[str], verb: str) -> ConfigDict:
+    """The config after --config.field=value flags, validated; ml_collections reads all values but None."""
+    fields = [known(_name(argument)) for argument in overrides]
+    is_none = [
+        argument.endswith("=None") and field.none != ""
+        for argument, field in zip(overrides, fields, strict=True)
+    ]
+    read = [argument for argument, none in zip(overrides, is_none, strict=True) if not none]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[PROGRAM, *read])
+    try:
+        _read(values, read, verb)
+    except UserError as error:
+        wrong = re.match(r"--config\.([\w.]+)=(.*?): ", str(error))
+        raise (wrong_type(known(wrong[1]), wrong[2]) if wrong else error) from error
+    for field, none in zip(fields, is_none, strict=True):
+        if none:
+            group, leaf = field.name.split(".")
+            values.config[group][leaf] = None
+    validate(values.config)
+    return values.config
+
+
+def _name(override: str) -> str:
+    return override.lstrip("-").partition("=")[0].removeprefix("no").removeprefix("config.")
+
+
+def _read(values: flags.FlagValues, arguments: Sequence[str], verb: str) -> None:
+    """Lets absl parse, and puts its complaints in our words."""
+    try:
+        left = values([PROGRAM, *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, [*values, "config"], 1)
+        remedy = f"did you mean --{near[0]}?" if near else f"see: {PROGRAM} {verb} --help"
+        raise UserError("there is no such flag", where=f"--{error.flagname}", remedy=remedy) from error
+    except (flags.Error, TypeError, ValueError) as error:
+        message = str(error).splitlines()[0].removeprefix("flag ")
+        raise UserError(message, remedy=f"see: {PROGRAM} {verb} --help") from error
+    if left:
+        raise UserError(
+            "this is no flag: flags begin with -- and have their value after =",
+            where=left[0],
+            remedy=f"for example: {PROGRAM} {verb} {VERBS[verb].example}",
+        )

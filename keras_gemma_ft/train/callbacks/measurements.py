@@ -1,0 +1,101 @@
+"""`Measurements`: what each step did, read a step late and given to whoever records it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import keras
+
+from keras_gemma_ft.train.batches import Batches
+
+Record = dict[str, Any]
+
+
+class Writer(Protocol):
+    """Records measurements: the terminal, a file, TensorBoard."""
+
+    def write(self, record: Record) -> None:
+        """One record: `step`, and some of the fields that `docs/training.md` lists."""
+
+    def close(self) -> None:
+        """Ends it; nothing is written afterwards."""
+
+
+class Measurements(keras.callbacks.Callback):
+    """One record for each step; the device never waits for it.
+
+    Step n is read when step n + 1 has been dispatched, so the device has work while the host reads. Time is
+    taken from reading to reading, which in a steady run is the time of a step.
+
+    Args:
+        batches: The run's batches, for tokens and fingerprints.
+        writers: Where records go.
+        learning_rate_at: Learning rate of a step counted from 0.
+    """
+
+    def __init__(
+        self, batches: Batches, writers: Sequence[Writer], learning_rate_at: Callable[[int], float]
+    ) -> None:
+        super().__init__()
+        self._batches = batches
+        self._writers = writers
+        self._learning_rate_at = learning_rate_at
+        self._unread: tuple[int, Any] | None = None
+        self._clock: float | None = None
+        self._began = 0.0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.compile_seconds: float | None = None
+
+    def write(self, record: Record) -> None:
+        """Gives a record to every writer."""
+        for writer in self._writers:
+            writer.write(record)
+
+    def settle(self) -> None:
+        """Reads what is unread and stops the clock: called before anything else takes the device's time."""
+        self._read()
+        self._clock = None
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._began = time.perf_counter()
+        if self._clock is None and self._unread is None and self.compile_seconds is not None:
+            self._clock = self._began
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.compile_seconds is None:
+            # The first call returns when the step is compiled; running it is not waited for.
+            self.compile_seconds = time.perf_counter() - self._began
+            self.write({"step": self._batches.first_step, "compile_seconds": round(self.compile_seconds, 3)})
+        self._read()
+        self._unread = (self._batches.first_step + batch, logs or {})
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.settle()
+
+    def _read(self) -> None:
+        if self._unread is None:
+            return
+        step, logs = self._unread
+        self._unread = None
+        tokens = self._batches.tokens(step)
+        record: Record = {
+            "step": step + 1,
+            "epoch": round((step + 1) / self._batches.steps_per_epoch, 4),
+            **{name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs},
+            "learning_rate": self._learning_rate_at(step),
+            "tokens": tokens,
+        }
+        if "tokens" in logs:
+            record["supervised_tokens"] = int(logs["tokens"])
+        now = time.perf_counter()
+        if self._clock is not None:
+            record["seconds"] = round(now - self._clock, 4)
+            record["tokens_per_second"] = round(tokens / max(now - self._clock, 1e-9), 1)
+            self.tokens += tokens
+            self.seconds += now - self._clock
+        self._clock = now
+        record["batch"] = self._batches.fingerprint(step)
+        self.write(record)

@@ -1,0 +1,275 @@
+"""A training run, in the order in which it happens: place, data, model, directory, fit, result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from ml_collections import ConfigDict
+
+from keras_gemma_ft import checkpoint
+from keras_gemma_ft.config import validate, weights_quantization
+from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.evaluate.files import read_json, write_json
+from keras_gemma_ft.train import workdir as directory
+from keras_gemma_ft.train.advice import Settings, as_lines, before_training
+from keras_gemma_ft.train.batches import Batches
+from keras_gemma_ft.train.callbacks.lazy_logs import LazyLogs
+from keras_gemma_ft.train.callbacks.measurements import Measurements
+from keras_gemma_ft.train.callbacks.overfitting_detector import OverfittingDetector
+from keras_gemma_ft.train.callbacks.validation import Validation
+from keras_gemma_ft.train.examples import Examples
+from keras_gemma_ft.train.interruption import Interrupted, StopOnSignal
+from keras_gemma_ft.train.metrics_file import MetricsFile
+from keras_gemma_ft.train.optimizers import adamw
+from keras_gemma_ft.train.overfitting import Verdict
+from keras_gemma_ft.train.progress import TerminalProgress, duration
+from keras_gemma_ft.train.tensorboard import TensorBoardScalars
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        workdir: The run directory.
+        step: Updates made.
+        losses: Held-out loss by step, of this process.
+        best: The checkpoint with the lowest held-out loss.
+    """
+
+    workdir: Path
+    step: int
+    losses: Mapping[int, float]
+    best: checkpoint.Saved
+
+
+def main(config: ConfigDict, workdir: str | Path, *, resume: bool = False) -> Result:
+    """Trains as the config says, and leaves the run in `workdir`.
+
+    Nothing is written before the config, the data and the preset have proven right.
+
+    Raises:
+        UserError: A fault in the config, the data, the preset or the directory.
+        Interrupted: SIGINT or SIGTERM came; the run is saved and can be resumed.
+    """
+    # ------------------------------------------------------------------ place
+    validate(config)
+    place = directory.check(workdir, resume=resume)
+    if resume:
+        directory.check_same_config(place, config)
+
+    # ------------------------------------------------------------------ data
+    from keras_gemma_ft.train.examples import prepare
+
+    examples = prepare(config)
+
+    # ------------------------------------------------------------------ model
+    model = build_model(config)
+
+    return fit(model, examples, config, place, resume=resume)
+
+
+def build_model(config: ConfigDict) -> keras.Model:
+    """The preset's model with adapters as the config says, all of it determined by `seed`."""
+    from keras_gemma_ft.model.causal_lm import GemmaCausalLM
+
+    keras.utils.set_random_seed(config.seed)
+    model = GemmaCausalLM.from_preset(
+        config.preset, quantization=weights_quantization(config), dtype=config.precision
+    )
+    if config.method != "full":
+        lora = config.lora
+        model.enable_lora(lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+    return model
+
+
+def fit(
+    model: keras.Model,
+    examples: Examples,
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> Result:
+    """Trains a model on prepared rows; the second half of `main`.
+
+    All steps of a run are one epoch to Keras, whose epochs are whole or not at all. Ours are counted in
+    steps, so a run can stop after any step and go on there.
+
+    Args:
+        model: Takes the batches of `Batches` in `fit`, logs each batch's own `loss` and `tokens`, and splits
+            a batch by `compile(micro_batch_size=…)`.
+        examples: Rows for training, and held-out rows.
+        config: As `validate` accepts it.
+        workdir: The run directory; made if need be.
+        resume: Go on after the last checkpoint.
+        callbacks: More of them, called after those of the run.
+    """
+    place = Path(workdir)
+    train = config.train
+    began = time.monotonic()
+
+    # ------------------------------------------------------------------ steps and schedule
+    batches = Batches(
+        examples.train, train.batch_size, seed=config.seed, epochs=train.epochs, last_step=train.max_steps
+    )
+    held_out = Batches(examples.held_out, train.micro_batch_size or train.batch_size)
+    total = batches.total_steps
+    optimizer = adamw(
+        train.learning_rate,
+        schedule=train.schedule,
+        warmup_ratio=train.warmup_ratio,
+        total_steps=total,
+        clip_norm=train.clip_norm,
+        weight_decay=train.weight_decay,
+    )
+    model.compile(optimizer=optimizer, micro_batch_size=train.micro_batch_size)
+    settings = Settings.from_config(
+        config, rows=examples.train_examples, steps_per_epoch=batches.steps_per_epoch
+    )
+
+    # ------------------------------------------------------------------ run directory
+    checkpoints_dir = place / "checkpoints"
+    if resume and checkpoint.find(checkpoints_dir) is not None:
+        batches.first_step = checkpoint.restore(model, checkpoints_dir, "last", resume=True).step
+    progress = TerminalProgress(total)
+    _announce(progress, config, batches, examples, settings)
+    manifest = _manifest(place, examples, resume)
+    write_json(place / "config.json", config.to_dict())
+    write_json(place / "manifest.json", manifest)
+
+    # ------------------------------------------------------------------ fit
+    with checkpoint.Checkpoints(checkpoints_dir) as checkpoints, StopOnSignal(progress.say) as stop:
+
+        def save(step: int, loss: float | None) -> None:
+            if step > 0:
+                epoch, batch = divmod(step, batches.steps_per_epoch)
+                position = {"step": step, "epoch": epoch, "batch": batch, "seed": config.seed}
+                checkpoints.save(model, step, eval_loss=loss, position=position)
+
+        def restore_best(step: int) -> None:
+            checkpoints.wait()
+            checkpoint.restore(model, checkpoints_dir, step)
+
+        writers = [progress, MetricsFile(place / "metrics.jsonl"), TensorBoardScalars(place / "tensorboard")]
+        measurements = Measurements(batches, writers, optimizer.learning_rate_at)
+        detector = OverfittingDetector(
+            train.on_overfitting,
+            warmup_steps=round(train.warmup_ratio * total),
+            total_steps=total,
+            settings=settings,
+            metrics_file=place / "metrics.jsonl",
+            restore=restore_best,
+            report=lambda verdict: _tell(progress, verdict),
+        )
+        validation = Validation(
+            held_out,
+            every=train.eval_every or math.ceil(batches.steps_per_epoch / 4),
+            first_step=batches.first_step,
+            last_step=total,
+            measurements=measurements,
+            listeners=(save, lambda step, loss: detector.record_held_out(loss, step)),
+        )
+        try:
+            if len(batches):
+                watching = [stop, detector, measurements, validation, *callbacks]
+                log_lazily = LazyLogs(watching, model=model, add_history=True, steps=len(batches))
+                # Keras would shuffle the batches: their order is ours.
+                model.fit(batches, shuffle=False, verbose=0, callbacks=log_lazily)
+            step = int(optimizer.iterations)
+            if step > 0 and checkpoints.last_step != step:
+                save(step, None) if stop.received else validation.measure(step)
+        finally:
+            for writer in writers:
+                writer.close()
+
+    # ------------------------------------------------------------------ result
+    best = checkpoint.find(checkpoints_dir, "best")
+    assert best is not None, "a run of one step or more has saved a checkpoint"
+    interrupted = stop.received is not None and step < total
+    manifest["status"] = "interrupted" if interrupted else "finished"
+    manifest["cost"] = _cost(manifest.get("cost") or {}, measurements, time.monotonic() - began)
+    manifest["result"] = {
+        "step": step,
+        "total_steps": total,
+        "held_out_loss": validation.losses.get(step),
+        "best_step": best.step,
+        "best_held_out_loss": best.eval_loss,
+    }
+    write_json(place / "manifest.json", manifest)
+    if interrupted:
+        raise Interrupted(
+            f"Stopped after step {step} of {total}; the run is saved.\n"
+            f"Go on with: keras-gemma-ft train --workdir={workdir} --resume",
+            int(stop.received or 0),
+        )
+    progress.say(
+        f"done: {step} steps in {duration(time.monotonic() - began)}; best held-out loss "
+        f"{best.eval_loss:.4f} at step {best.step}\n{place}"
+    )
+    return Result(place, step, dict(validation.losses), best)
+
+
+def _announce(
+    progress: TerminalProgress, config: ConfigDict, batches: Batches, examples: Examples, settings: Settings
+) -> None:
+    tokens = int(np.count_nonzero(examples.train["segment_ids"]))
+    progress.say(
+        f"{config.method} of {config.preset}: {examples.train_examples:,} examples in {batches.count:,} rows "
+        f"({tokens:,} tokens), {examples.held_out_examples:,} held out; {batches.total_steps:,} steps of "
+        f"{batches.batch_size} rows"
+    )
+    if batches.first_step:
+        progress.say(f"going on after step {batches.first_step:,} of {batches.total_steps:,}")
+        return
+    for line in as_lines(before_training(settings)):
+        progress.say(f"note: {line}")
+
+
+def _tell(progress: TerminalProgress, verdict: Verdict) -> None:
+    if verdict.kind != "warming up":
+        lines = [f"step {verdict.step}: {verdict.kind}: {verdict.reason}", *verdict.remedies[:1]]
+        progress.say("\n  ".join(lines))
+
+
+def _manifest(place: Path, examples: Examples, resume: bool) -> dict[str, Any]:
+    path = place / "manifest.json"
+    before = read_json(path) if resume and path.exists() else {}
+    earlier = (before.get("data") or {}).get("sha256")
+    now = examples.facts.get("sha256")
+    if earlier and now and earlier != now:
+        raise UserError(
+            "the rows are not those that the run began with",
+            where="data.train",
+            remedy="bring the file back as it was, or start another run.",
+        )
+    return {
+        "status": "running",
+        "data": examples.facts,
+        "environment": directory.environment(),
+        "cost": before.get("cost") or {},
+    }
+
+
+def _cost(before: Mapping[str, Any], measurements: Measurements, seconds: float) -> dict[str, Any]:
+    """Time and tokens of the run, those before a resume included, and the most memory in use."""
+    tokens = before.get("tokens", 0) + measurements.tokens
+    training = before.get("training_seconds", 0.0) + measurements.seconds
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "seconds": round(before.get("seconds", 0.0) + seconds, 2),
+        "training_seconds": round(training, 2),
+        "compile_seconds": measurements.compile_seconds,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / training, 1) if training else None,
+        "peak_device_bytes": memory.get("peak_bytes_in_use"),
+    }

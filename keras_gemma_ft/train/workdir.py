@@ -1,0 +1,104 @@
+"""The run directory: whether it can be used, and what is written there besides metrics and checkpoints.
+
+config.json  manifest.json  metrics.jsonl  tensorboard/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from keras_gemma_ft.config import config_from, flatten
+from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.evaluate.files import read_json
+
+# What a resumed run may change: nothing that the batches, the schedule or the weights depend on.
+_MAY_CHANGE = ("train.eval_every", "train.on_overfitting", "task.kind")
+
+
+def check(workdir: str | Path, *, resume: bool) -> Path:
+    """Whether a run can start (or go on) there; creates nothing.
+
+    Raises:
+        UserError: It cannot be written to, holds a run already, or holds none to resume.
+    """
+    path = Path(workdir).expanduser().absolute()
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+        if existing.is_symlink():
+            break
+    if not existing.is_dir():
+        raise UserError(
+            f"{existing} is a file, so no directory can be made there",
+            where=f"--workdir={workdir}",
+            remedy="choose a directory that you may write to.",
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{existing} is not writable",
+            where=f"--workdir={workdir}",
+            remedy="choose a directory that you may write to.",
+        )
+    has_run = (path / "config.json").exists()
+    if has_run and not resume:
+        raise UserError(
+            "holds a run already",
+            where=f"--workdir={workdir}",
+            remedy="add --resume to continue it, or choose another directory.",
+        )
+    if resume and not has_run:
+        raise UserError(
+            "holds no run to resume", where=f"--workdir={workdir}", remedy="leave --resume out to start one."
+        )
+    return path
+
+
+def check_same_config(path: Path, config: Mapping[str, Any]) -> None:
+    """A resumed run must be the same run.
+
+    Raises:
+        UserError: Naming the first field that differs and may not.
+    """
+    before = dict(flatten(config_from(read_json(path / "config.json"))))
+    for name, value in flatten(config):
+        if name not in _MAY_CHANGE and before[name] != value:
+            raise UserError(
+                f"was {before[name]!r} when the run started and is {value!r} now",
+                where=name,
+                remedy="resume without --config to use the run's own, or start another run.",
+            )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for the manifest."""
+    import jax
+
+    packages = {}
+    for name in ("keras-gemma-ft", "jax", "keras", "keras-hub", "optax", "orbax-checkpoint", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **packages,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+    }
+
+
+def file_facts(path: str | Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a data file, for the manifest."""
+    path = Path(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": str(path), "bytes": path.stat().st_size, "sha256": digest}
