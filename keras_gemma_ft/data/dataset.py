@@ -24,9 +24,11 @@ _OPEN_SHARDS = 128
 class PackedDataset:
     """Rows of one length, in shards, as `keras_gemma_ft.data.prepare` writes them.
 
-    Training order is endless: epoch e visits every row once, in an order that `(seed, e)` gives, and batches
-    follow each other without regard to where an epoch ends. So no row is left out, and the batch of a step
-    follows from the step's number alone.
+    Epoch e visits every row once, in an order that `(seed, e)` gives. The last batch of an epoch is filled up
+    with rows of padding, so that all epochs have equally many steps. So the batch of a step follows from the
+    step's number alone. With 5 rows and a batch size of 2, for example
+
+        [3, 0]  [4, 1]  [2, –]    [1, 2]  [0, 4]  [3, –]
 
         dataset = PackedDataset.open("run/data/train")
         dataset.batch(step=1200, batch_size=16, seed=0)["token_ids"]   # int32 [16, length]
@@ -92,14 +94,14 @@ class PackedDataset:
         }
 
     def batch(
-        self, step: int, batch_size: int, seed: int = 0, process_index: int = 0, process_count: int = 1
+        self, step: int, batch_size: int, seed: int | None = 0, process_index: int = 0, process_count: int = 1
     ) -> Batch:
-        """The training batch of a step.
+        """The batch of a step.
 
         Args:
-            step: Number of the step, from 0.
+            step: Number of the step, from 0 and through all epochs.
             batch_size: Rows of the batch, over all processes.
-            seed: Which order.
+            seed: Which order; None is the order of the rows, for validation.
             process_index, process_count: Which of how many equal parts of the batch to read. The parts,
                 one after the other, are the batch of a single process.
 
@@ -109,29 +111,25 @@ class PackedDataset:
         Raises:
             UserError: `batch_size` cannot be divided among the processes.
         """
-        start, stop = _part(batch_size, process_index, process_count)
-        return self.rows(self._order(np.arange(start, stop) + step * batch_size, seed))
+        if batch_size % process_count:
+            raise UserError(
+                f"a batch of {batch_size} rows cannot be divided among {process_count} processes",
+                where="train.batch_size",
+                remedy=f"use a multiple of {process_count}.",
+            )
+        part = batch_size // process_count
+        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
+        places = place * batch_size + process_index * part + np.arange(part)
+        present = places < len(self)
+        indices = np.full(part, -1, np.int64)
+        indices[present] = (
+            places[present] if seed is None else _permutation(len(self), seed, epoch)[places[present]]
+        )
+        return self.rows(indices)
 
-    def evaluation_batch(
-        self, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
-    ) -> Batch:
-        """The batch of a step of one pass in order; the last one is filled up with rows of padding."""
-        start, stop = _part(batch_size, process_index, process_count)
-        indices = np.arange(start, stop) + step * batch_size
-        return self.rows(np.where(indices < len(self), indices, -1))
-
-    def steps(self, batch_size: int, epochs: float = 1) -> int:
-        """Steps in which every row comes at least `epochs` times: ceil(epochs × rows / batch_size)."""
-        return int(np.ceil(epochs * len(self) / batch_size))
-
-    def _order(self, places: np.ndarray, seed: int) -> np.ndarray:
-        """The rows at these places of the endless order."""
-        epochs, within = np.divmod(places, len(self))
-        indices = np.empty(len(places), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            at = epochs == epoch
-            indices[at] = _permutation(len(self), seed, epoch)[within[at]]
-        return indices
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Steps in which every row comes once: rows / batch_size, rounded up."""
+        return -(-len(self) // batch_size)
 
 
 class Shards(Protocol):
@@ -188,14 +186,3 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     """An order of `size` rows. Sorting raw Philox numbers gives the same one under every version of numpy."""
     key = np.array([seed % 2**64, epoch], np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
-
-
-def _part(batch_size: int, process_index: int, process_count: int) -> tuple[int, int]:
-    if batch_size % process_count:
-        raise UserError(
-            f"a batch of {batch_size} rows cannot be divided among {process_count} processes",
-            where="train.batch_size",
-            remedy=f"use a multiple of {process_count}.",
-        )
-    each = batch_size // process_count
-    return process_index * each, (process_index + 1) * each

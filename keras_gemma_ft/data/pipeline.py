@@ -25,15 +25,16 @@ _AHEAD = 4  # batches made ready; a batch is some hundred kilobytes
 def iterate(
     dataset: PackedDataset,
     batch_size: int,
-    seed: int = 0,
+    seed: int | None = 0,
     start_step: int = 0,
     stop_step: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Training batches from `start_step` up to, not including, `stop_step` (None: without end).
+    """The batches from `start_step` up to, not including, `stop_step` (None: without end).
 
-    A thread reads ahead; an error in it is raised where the batch would have come.
+    A thread reads ahead; an error in it is raised where the batch would have come. For one pass in order, as
+    validation wants it: `seed=None, stop_step=dataset.steps_per_epoch(batch_size)`.
     """
     return _read_ahead(
         lambda step: dataset.batch(step, batch_size, seed, process_index, process_count),
@@ -42,58 +43,27 @@ def iterate(
     )
 
 
-def iterate_once(
-    dataset: PackedDataset, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """All rows once, in order, for validation; the last batch is filled up with rows of padding."""
-    return _read_ahead(
-        lambda step: dataset.evaluation_batch(step, batch_size, process_index, process_count),
-        0,
-        dataset.steps(batch_size),
-    )
-
-
 def tf_dataset(
     dataset: PackedDataset,
     batch_size: int,
-    seed: int = 0,
+    seed: int | None = 0,
     start_step: int = 0,
     stop_step: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> tf.data.Dataset:
     """The batches of `iterate` as a `tf.data.Dataset`, read in parallel and in order."""
-    read = dataset.batch
-    return _tf_dataset(
-        lambda step: read(step, batch_size, seed, process_index, process_count),
-        (batch_size // process_count, dataset.length),
-        start_step,
-        stop_step,
-    )
-
-
-def tf_dataset_once(
-    dataset: PackedDataset, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> tf.data.Dataset:
-    """The batches of `iterate_once` as a `tf.data.Dataset`."""
-    read = dataset.evaluation_batch
-    return _tf_dataset(
-        lambda step: read(step, batch_size, process_index, process_count),
-        (batch_size // process_count, dataset.length),
-        0,
-        dataset.steps(batch_size),
-    )
-
-
-def _tf_dataset(
-    read: Callable[[int], Batch], shape: tuple[int, int], start_step: int, stop_step: int | None
-) -> tf.data.Dataset:
     import tensorflow as tf
 
+    shape = (batch_size // process_count, dataset.length)
     dtypes = {"token_ids": tf.int32, "positions": tf.int32, "segment_ids": tf.int32, "loss_mask": tf.bool}
 
+    def read(step: np.int64) -> list[np.ndarray]:
+        batch = dataset.batch(int(step), batch_size, seed, process_index, process_count)
+        return [batch[name] for name in dtypes]
+
     def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
-        arrays = tf.numpy_function(lambda n: list(read(int(n)).values()), [step], list(dtypes.values()))
+        arrays = tf.numpy_function(read, [step], list(dtypes.values()))
         return {name: tf.ensure_shape(array, shape) for name, array in zip(dtypes, arrays, strict=True)}
 
     steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max if stop_step is None else stop_step)
