@@ -1,31 +1,29 @@
-"""Rows of tokens to batches, in an order that a step number alone determines."""
+"""The batches of a run, in an order that a step number alone determines, as Keras takes them."""
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
+import jax
 import keras
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+from keras_gemma_ft.data.dataset import Batch, PackedDataset
 
 
 class Batches(keras.utils.PyDataset):
-    """The batches from `first_step` to the last of a run, as one Keras dataset; needs no TensorFlow.
+    """The batches from `first_step` to the last of a run, or those of one pass over held-out rows.
 
-    Epoch e visits the rows in the order of a permutation drawn from (seed, e); step s is rows
-    [s·B, (s+1)·B) of its epoch. So a run that is resumed sees the batches that it would have seen. With 5
-    rows, `batch_size` 2 and 2 epochs there are 6 steps, for example
-
-        [3, 0]  [4, 1]  [2, –]    [1, 2]  [0, 4]  [3, –]
-
-    where – is an empty row (all zero: segment 0, no loss), which fills up the last batch of an epoch.
+    Which rows make up a step is the dataset's matter: see `PackedDataset`. Because it depends on nothing but
+    seed and step, a run that is resumed sees the batches that it would have seen.
 
     Args:
-        rows: `token_ids`, `positions`, `segment_ids` (int32) and `loss_mask` (bool), each [rows, length].
-        batch_size: Rows of a step.
-        seed: Of the order; None: in the given order, as for held-out data.
+        dataset: Rows of tokens.
+        batch_size: Rows of a step, over all processes.
+        seed: Of the order; None: one pass in the given order, for held-out rows.
         epochs: Times over the rows.
         first_step: Steps that were made already.
         last_step: Ends there, if that is before the epochs end.
@@ -33,7 +31,7 @@ class Batches(keras.utils.PyDataset):
 
     def __init__(
         self,
-        rows: Mapping[str, np.ndarray],
+        dataset: PackedDataset,
         batch_size: int,
         *,
         seed: int | None = None,
@@ -42,17 +40,13 @@ class Batches(keras.utils.PyDataset):
         last_step: int | None = None,
     ) -> None:
         super().__init__()
-        self.rows = dict(rows)
+        self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
-        self.count = len(self.rows["token_ids"])
-        self.steps_per_epoch = -(-self.count // batch_size)
+        self.steps_per_epoch = dataset.steps_per_epoch(batch_size)
         planned = self.steps_per_epoch * epochs
         self.total_steps = min(planned, last_step) if last_step is not None else planned
         self.first_step = first_step
-        # Tokens of each row that are no padding: what throughput counts.
-        self._tokens = np.count_nonzero(self.rows["segment_ids"], axis=1)
-        self._order: tuple[int, np.ndarray] | None = None
 
     @property
     def num_batches(self) -> int:
@@ -62,37 +56,33 @@ class Batches(keras.utils.PyDataset):
         return self.num_batches
 
     def __getitem__(self, index: int) -> Batch:
-        return self.batch(self.first_step + index)
+        return self._read(self.first_step + index, jax.process_index(), jax.process_count())
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
 
-    def indices(self, step: int) -> np.ndarray:
-        """Which rows make up a step: int [at most batch_size]."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            order = np.arange(self.count)
-            if self.seed is not None:
-                # Philox gives the same numbers on every platform and numpy version.
-                bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch]))
-                order = np.random.Generator(bits).permutation(self.count)
-            self._order = (epoch, order)
-        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+    def feed(self) -> Any:
+        """What `fit` is given: tf.data, which reads ahead; without TensorFlow, this dataset itself."""
+        if importlib.util.find_spec("tensorflow") is None:
+            return self
+        import tensorflow
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from the start of the run: arrays [batch_size, length]."""
-        chosen = self.indices(step)
-        missing = self.batch_size - len(chosen)
-        return {
-            name: np.pad(values[chosen], ((0, missing), (0, 0))) if missing else values[chosen]
-            for name, values in self.rows.items()
-        }
+        from keras_gemma_ft.data.pipeline import tf_dataset
+
+        # TensorFlow would take the accelerator's memory for itself.
+        for kind in ("GPU", "TPU"):
+            tensorflow.config.set_visible_devices([], kind)
+        span, part = (self.first_step, self.total_steps), (jax.process_index(), jax.process_count())
+        return tf_dataset(self.dataset, self.batch_size, self.seed, *span, *part)
 
     def tokens(self, step: int) -> int:
-        """Tokens of a step that are no padding."""
-        return int(self._tokens[self.indices(step)].sum())
+        """Tokens of a step, over all processes, that are no padding."""
+        return int(np.count_nonzero(self._read(step)["segment_ids"]))
 
     def fingerprint(self, step: int) -> str:
         """CRC-32 of the step's tokens and masks, for comparing what two runs saw."""
-        batch = self.batch(step)
+        batch = self._read(step)
         return f"{zlib.crc32(batch['loss_mask'].tobytes(), zlib.crc32(batch['token_ids'].tobytes())):08x}"
+
+    def _read(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
+        return self.dataset.batch(step, self.batch_size, self.seed, process_index, process_count)

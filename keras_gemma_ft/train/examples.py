@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from keras_gemma_ft.data.dataset import PackedDataset
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,13 @@ class Examples:
     """Rows ready for batches.
 
     Attributes:
-        train, held_out: `token_ids`, `positions`, `segment_ids` (int32) and `loss_mask` (bool), each
-            [rows, length].
+        train, held_out: Rows of tokens.
         train_examples, held_out_examples: Conversations in them.
         facts: For the manifest; `sha256` identifies the rows.
     """
 
-    train: Mapping[str, np.ndarray]
-    held_out: Mapping[str, np.ndarray]
+    train: PackedDataset
+    held_out: PackedDataset
     train_examples: int
     held_out_examples: int
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import keras
-import numpy as np
 from ml_collections import ConfigDict
 
 from keras_gemma_ft import checkpoint
@@ -22,7 +21,7 @@ from keras_gemma_ft.train import workdir as directory
 from keras_gemma_ft.train.advice import Settings, as_lines, before_training
 from keras_gemma_ft.train.batches import Batches
 from keras_gemma_ft.train.callbacks.lazy_logs import LazyLogs
-from keras_gemma_ft.train.callbacks.measurements import Measurements
+from keras_gemma_ft.train.callbacks.measurements import Measurements, Writer
 from keras_gemma_ft.train.callbacks.overfitting_detector import OverfittingDetector
 from keras_gemma_ft.train.callbacks.validation import Validation
 from keras_gemma_ft.train.examples import Examples
@@ -160,7 +159,11 @@ def fit(
             checkpoints.wait()
             checkpoint.restore(model, checkpoints_dir, step)
 
-        writers = [progress, MetricsFile(place / "metrics.jsonl"), TensorBoardScalars(place / "tensorboard")]
+        writers: list[Writer] = [
+            progress,
+            MetricsFile(place / "metrics.jsonl"),
+            TensorBoardScalars(place / "tensorboard"),
+        ]
         measurements = Measurements(batches, writers, optimizer.learning_rate_at)
         detector = OverfittingDetector(
             train.on_overfitting,
@@ -181,10 +184,10 @@ def fit(
         )
         try:
             if len(batches):
-                watching = [stop, detector, measurements, validation, *callbacks]
+                watching = [detector, measurements, validation, *callbacks, stop]
                 log_lazily = LazyLogs(watching, model=model, add_history=True, steps=len(batches))
                 # Keras would shuffle the batches: their order is ours.
-                model.fit(batches, shuffle=False, verbose=0, callbacks=log_lazily)
+                model.fit(batches.feed(), shuffle=False, verbose=0, callbacks=log_lazily)
             step = int(optimizer.iterations)
             if step > 0 and checkpoints.last_step != step:
                 save(step, None) if stop.received else validation.measure(step)
@@ -222,10 +225,10 @@ def fit(
 def _announce(
     progress: TerminalProgress, config: ConfigDict, batches: Batches, examples: Examples, settings: Settings
 ) -> None:
-    tokens = int(np.count_nonzero(examples.train["segment_ids"]))
+    rows, length = len(examples.train), examples.train.length
     progress.say(
-        f"{config.method} of {config.preset}: {examples.train_examples:,} examples in {batches.count:,} rows "
-        f"({tokens:,} tokens), {examples.held_out_examples:,} held out; {batches.total_steps:,} steps of "
+        f"{config.method} of {config.preset}: {examples.train_examples:,} examples in {rows:,} rows of "
+        f"{length:,} tokens, {examples.held_out_examples:,} held out; {batches.total_steps:,} steps of "
         f"{batches.batch_size} rows"
     )
     if batches.first_step:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from keras_gemma_ft.data.dataset import PackedDataset
+from keras_gemma_ft.data.packing import PackedRows
 from keras_gemma_ft.train.examples import Examples
 
 VOCABULARY, WIDTH, LENGTH = 50, 16, 12
@@ -60,18 +62,19 @@ class ToyModel(keras.Model):
         return {"loss": loss / tokens, "tokens": tokens}, (trainable, rest, metrics)
 
 
-def rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+def rows(count: int, seed: int = 0) -> PackedDataset:
     """Rows in which each token is the one before plus one: learnable, of random starts and lengths."""
     random = np.random.default_rng(seed)
     lengths = random.integers(LENGTH // 2, LENGTH + 1, (count, 1))
     there = np.arange(LENGTH) < lengths
     tokens = (random.integers(0, VOCABULARY, (count, 1)) + np.arange(LENGTH)) % VOCABULARY
-    return {
-        "token_ids": np.where(there, tokens, 0).astype(np.int32),
-        "positions": np.where(there, np.arange(LENGTH), 0).astype(np.int32),
-        "segment_ids": there.astype(np.int32),
-        "loss_mask": there & (np.arange(LENGTH) > 0),
-    }
+    return PackedDataset.from_rows(
+        PackedRows(
+            np.where(there, tokens, 0).astype(np.int32),
+            there.astype(np.uint16),
+            there & (np.arange(LENGTH) > 0),
+        )
+    )
 
 
 def examples(train: int = 40, held_out: int = 10) -> Examples:

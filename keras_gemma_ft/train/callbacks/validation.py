@@ -73,7 +73,7 @@ def held_out_loss(model: keras.Model, held_out: Batches) -> tuple[float, int]:
         UserError: The batches have no supervised token.
     """
     sums = _TokenSums()
-    model.evaluate(held_out, verbose=0, callbacks=keras.callbacks.CallbackList([sums], model=model))
+    model.evaluate(held_out.feed(), verbose=0, callbacks=keras.callbacks.CallbackList([sums], model=model))
     if not sums.tokens:
         raise UserError(
             "the held-out rows have no token to learn from",
