@@ -56,7 +56,7 @@ class PackedDataset:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
             names = [shard["name"] for shard in manifest["shards"]]
             sizes = [int(shard["rows"]) for shard in manifest["shards"]]
-            length = int(manifest["settings"]["max_length"])
+            length = int(manifest["length"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 "this is no prepared dataset",
@@ -166,7 +166,7 @@ class _Files:
                 np.load(self._directory / f"{name}.{array}.npy", mmap_mode="r")
                 for array in PackedRows.__slots__
             ]
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise UserError(
                 f"shard {name} of the prepared dataset cannot be read",
                 where=str(self._directory),
