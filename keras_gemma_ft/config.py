@@ -149,10 +149,23 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "data.max_length",
         2048,
-        "tokens a row of a batch; longer examples are reported, never cut in silence",
-        low=8,
+        "tokens of a row, and the most that an example may have",
+        low=16,
         recommended="512 to 4096",
     ),
+    Field(
+        "data.truncation",
+        "drop",
+        "what becomes of longer examples; all are counted",
+        choices=("drop", "truncate_left", "truncate_right", "split_turns"),
+    ),
+    Field(
+        "data.thinking",
+        "last_turn",
+        "which reasoning of model messages is shown: after the last user message, all of it, or none",
+        choices=("last_turn", "keep", "off"),
+    ),
+    Field("data.train_on", "all", "which model turns are trained", choices=("all", "last")),
     Field("data.packing", True, "whether several examples share a row, isolated from each other"),
     Field(
         "data.on_error",
