@@ -67,15 +67,21 @@ class Tuning:
     dkv: Tiling | tuple[Tiling, Tiling]
 
 
-# Cut to a Hopper multiprocessor: 64k registers hold one [64, 512] float32 accumulator beside the operands,
-# 227 KB of shared memory hold three [64, 512] bfloat16 blocks.
+# For GPUs with 227 KB of shared memory, three [64, 512] bfloat16 blocks; 64k registers hold one [64,
+# 512] float32 accumulator beside the operands.
 TUNING = {
     256: Tuning(Tiling(128, 64), Tiling(64, 64), Tiling(32, 64)),
     512: Tuning(
         Tiling(64, 32), Tiling(64, 32, stages=1), (Tiling(32, 64, stages=1), Tiling(32, 64, stages=1))
     ),
 }
-SMALL = Tuning(*[Tiling(32, 32, warps=4)] * 3)
+LARGE_SHARED_MEMORY = (9.0, 10.0, 10.3)  # compute capabilities: Hopper, and Blackwell for data centers
+# For GPUs with 99 KB, from Ampere on.
+MODEST_TUNING = {
+    256: Tuning(*[Tiling(32, 32, warps=4, stages=1)] * 3),
+    512: Tuning(*[Tiling(16, 16, warps=4, stages=1)] * 3),
+}
+SMALL = Tuning(*[Tiling(32, 32, warps=4)] * 3)  # for small head dims
 
 
 def attention(
@@ -95,20 +101,32 @@ def attention(
         interpret: Run the kernels' arithmetic in JAX, on any platform and in any dtype (slow).
 
     Raises:
-        NotImplementedError: No GPU, operands that are not 16-bit floats, a head dim that is not a power of
-            two from 16 to 512, or a JAX without Pallas-Triton.
+        NotImplementedError: No NVIDIA GPU of compute capability 8.0 or more, operands that are not 16-bit
+            floats, a head dim that is not a power of two from 16 to 512, or a JAX without Pallas-Triton.
     """
     if plgpu is None:
         raise NotImplementedError("this JAX has no Triton backend for Pallas")
     dim = q.shape[-1]
     if dim < 16 or dim > 512 or dim & (dim - 1):
         raise NotImplementedError(f"head dim must be a power of two from 16 to 512, got {dim}")
+    capability = _compute_capability()
     if not interpret:
-        if jax.default_backend() != "gpu":
-            raise NotImplementedError(f"needs a GPU, this is {jax.default_backend()}")
+        if capability is None or capability < 8.0:
+            kind = jax.devices()[0].device_kind
+            raise NotImplementedError(
+                f"needs an NVIDIA GPU of compute capability 8.0 or more, this is {kind}"
+            )
         if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
             raise NotImplementedError(f"needs bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}")
-    return flash_attention(window, tuning or TUNING.get(dim, SMALL), interpret, q, k, v, segment_ids)
+    if tuning is None:
+        tuning = (TUNING if capability in LARGE_SHARED_MEMORY else MODEST_TUNING).get(dim, SMALL)
+    return flash_attention(window, tuning, interpret, q, k, v, segment_ids)
+
+
+def _compute_capability() -> float | None:
+    """The NVIDIA GPU's; None on other devices."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return float(capability) if capability.replace(".", "", 1).isdigit() else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
