@@ -28,9 +28,8 @@ except ImportError:  # deprecated since jax 0.11; without it this rung declines
 
 LOG2_E = math.log2(math.e)
 # Logits live in base 2. A hidden one is so far below the initial maximum that its weight is exactly 0, also
-# in a row that sees nothing, whose maximum stays the initial one.
+# in a row that sees nothing, whose maximum stays the initial one: forward and backward alike.
 INITIAL_TOP, HIDDEN = -1e30, -2e30
-SEES_NOTHING = 1e30  # the logarithm of the sum of such a row: the backward pass's weights underflow to 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +66,8 @@ class Tuning:
     dkv: Tiling | tuple[Tiling, Tiling]
 
 
-# For GPUs with 227 KB of shared memory, three [64, 512] bfloat16 blocks; 64k registers hold one [64,
-# 512] float32 accumulator beside the operands.
+# For GPUs with 227 KB of shared memory: three [64, 512] bfloat16 blocks, beside the one [64, 512] float32
+# accumulator that fits 64k registers with its operands.
 TUNING = {
     256: Tuning(Tiling(128, 64), Tiling(64, 64), Tiling(32, 64)),
     512: Tuning(
@@ -286,10 +285,9 @@ def _forward_kernel(
             jnp.zeros((tiling.queries,), jnp.float32),
         ),
     )
-    seen = total > 0
-    total = jnp.where(seen, total, 1)
+    total = jnp.where(total > 0, total, 1)
     queries.store(out_ref, row, head, out / total[:, None])
-    queries.store_vector(log_sum_ref, row, head, jnp.where(seen, top + jnp.log2(total), SEES_NOTHING))
+    queries.store_vector(log_sum_ref, row, head, top + jnp.log2(total))
 
 
 # --- Backward -----------------------------------------------------------------------------------------------
