@@ -31,5 +31,5 @@ def test_a_directory_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         read_run_config(tmp_path)
     (tmp_path / "config.json").write_text('{"lora": {"rank": 0}}')
-    with pytest.raises(UserError, match="lora.rank: 0 is out of range"):
+    with pytest.raises(UserError, match=r"lora\.rank: 0 is out of range"):
         read_run_config(tmp_path)

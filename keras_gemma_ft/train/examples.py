@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from keras_gemma_ft.data.dataset import PackedDataset
+from keras_gemma_ft.data.prepare import findings, hash_files, prepare
+from keras_gemma_ft.data.rows import Conversation
+from keras_gemma_ft.data.shards import Recipe
+from keras_gemma_ft.data.template import Template, Variant
+from keras_gemma_ft.data.tokenizer import Tokenizer
+from keras_gemma_ft.evaluate.files import read_json
 
 
 @dataclass(frozen=True)
@@ -24,3 +33,80 @@ class Examples:
     train_examples: int
     held_out_examples: int
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def conversations(config: ConfigDict) -> tuple[list[Conversation], list[Conversation]]:
+    """The training and the held-out rows of a config, in the same way whenever they are asked for.
+
+    Raises:
+        UserError: A row is wrong (unless `data.on_error` is "skip"), or a file cannot be read.
+    """
+    from keras_gemma_ft.data.readers import hold_out, read
+
+    data = config.data
+    layout = {
+        "format": data.format,
+        "prompt": data.prompt,
+        "response": data.response,
+        "on_error": data.on_error,
+    }
+    train = list(read(data.train, **layout))
+    if data.eval is not None:
+        return train, list(read(data.eval, **layout))
+    return hold_out(train, data.eval_fraction, config.seed)
+
+
+def prepare_examples(config: ConfigDict, place: Path, tell: Callable[[str], None]) -> Examples:
+    """Reads, holds out, encodes, masks and packs, into `place`/train and `place`/held_out.
+
+    What is there already, of a run that is resumed, is used again if nothing has changed.
+
+    Args:
+        config: As `validate` accepts it.
+        place: Where rows are written.
+        tell: Given a line for each finding about the rows.
+
+    Raises:
+        UserError: A file, row or column is wrong, or nothing is left to train on.
+    """
+    data = config.data
+    tokenizer = Tokenizer.from_preset(config.preset)
+    template = Template(_variant(config.preset), thinking=data.thinking, train_on=data.train_on)
+    recipe = Recipe(template, data.max_length, data.packing, data.truncation, config.seed)
+    files = [file for file in (data.train, data.eval) if file is not None]
+    sources = hash_files(files)
+    parts = {}
+    for name, rows in zip(("train", "held_out"), conversations(config), strict=True):
+        # Either part follows from all the files and from how they are divided.
+        division = {"part": f"{name} of {data.eval_fraction} held out" if data.eval is None else name}
+        parts[name] = prepare(rows, place / name, tokenizer, recipe, {**sources, **division}, data.on_error)
+        for line in findings(parts[name].manifest):
+            tell(f"{name.replace('_', '-')} data: {line}")
+    counts = {name: part.manifest["counts"] for name, part in parts.items()}
+    facts = {
+        "files": sources,
+        "sha256": "-".join(part.manifest["sha256"] for part in parts.values()),
+        "counts": counts,
+    }
+    return Examples(
+        parts["train"],
+        parts["held_out"],
+        counts["train"]["examples"],
+        counts["held_out"]["examples"],
+        facts,
+    )
+
+
+def _variant(preset: str) -> Variant:
+    """Which chat template the preset was trained with, told by its configuration alone: no weight is read.
+
+    Raises:
+        UserError: There is no such preset, or it is no Gemma 4.
+    """
+    from keras_gemma_ft.model.config import Gemma4Config
+    from keras_gemma_ft.presets import resolve_preset
+
+    stored = read_json(Path(resolve_preset(preset)) / "config.json")
+    is_keras_hub = "registered_name" in stored
+    config = Gemma4Config.from_keras_hub(stored["config"]) if is_keras_hub else Gemma4Config.from_hf(stored)
+    return config.variant  # type: ignore[return-value]

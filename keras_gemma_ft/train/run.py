@@ -24,7 +24,7 @@ from keras_gemma_ft.train.callbacks.lazy_logs import LazyLogs
 from keras_gemma_ft.train.callbacks.measurements import Measurements, Writer
 from keras_gemma_ft.train.callbacks.overfitting_detector import OverfittingDetector
 from keras_gemma_ft.train.callbacks.validation import Validation
-from keras_gemma_ft.train.examples import Examples
+from keras_gemma_ft.train.examples import Examples, prepare_examples
 from keras_gemma_ft.train.interruption import Interrupted, StopOnSignal
 from keras_gemma_ft.train.metrics_file import MetricsFile
 from keras_gemma_ft.train.optimizers import adamw
@@ -65,14 +65,14 @@ def main(config: ConfigDict, workdir: str | Path, *, resume: bool = False) -> Re
     if resume:
         directory.check_same_config(place, config)
 
-    # ------------------------------------------------------------------ data
-    from keras_gemma_ft.train.examples import prepare
+    with directory.nothing_half_written(place):
+        # -------------------------------------------------------------- data
+        examples = prepare_examples(config, place / "data", print)
 
-    examples = prepare(config)
+        # -------------------------------------------------------------- model
+        model = build_model(config)
 
-    # ------------------------------------------------------------------ model
-    model = build_model(config)
-
+    # ------------------------------------------------------------------ steps, fit, result
     return fit(model, examples, config, place, resume=resume)
 
 
@@ -185,7 +185,7 @@ def fit(
         try:
             if len(batches):
                 watching = [detector, measurements, validation, *callbacks, stop]
-                log_lazily = LazyLogs(watching, model=model, add_history=True, steps=len(batches))
+                log_lazily = LazyLogs(watching, model, len(batches))
                 # Keras would shuffle the batches: their order is ours.
                 model.fit(batches.feed(), shuffle=False, verbose=0, callbacks=log_lazily)
             step = int(optimizer.iterations)

@@ -5,10 +5,11 @@ config.json  manifest.json  metrics.jsonl  tensorboard/  checkpoints/
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def file_facts(path: str | Path) -> dict[str, Any]:
-    """Name, size and SHA-256 of a data file, for the manifest."""
-    path = Path(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": str(path), "bytes": path.stat().st_size, "sha256": digest}
+@contextmanager
+def nothing_half_written(place: Path) -> Iterator[None]:
+    """If the block fails, the directories that it made are gone again.
+
+    Args:
+        place: The run directory, which the block may create.
+    """
+    made = [path for path in (place / "data", place, *place.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if place / "data" in made:
+            shutil.rmtree(place / "data", ignore_errors=True)
+        for path in made[1:]:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise

@@ -11,6 +11,7 @@ import keras
 from keras_gemma_ft.train.batches import Batches
 
 Record = dict[str, Any]
+_WAITED = 1e-3  # seconds; reading what is there already takes less
 
 
 class Writer(Protocol):
@@ -26,8 +27,9 @@ class Writer(Protocol):
 class Measurements(keras.callbacks.Callback):
     """One record for each step; the device never waits for it.
 
-    Step n is read when step n + 1 has been dispatched, so the device has work while the host reads. Time is
-    taken from reading to reading, which in a steady run is the time of a step.
+    Step n is read when step n + 1 has been dispatched, so the device has work while the host reads. A step's
+    time is that between the end of the one before and its own. It ended when its loss could be read, if that
+    had to be waited for; else when its dispatch returned, as on a CPU, where that takes as long as the step.
 
     Args:
         batches: The run's batches, for tokens and fingerprints.
@@ -42,7 +44,7 @@ class Measurements(keras.callbacks.Callback):
         self._batches = batches
         self._writers = writers
         self._learning_rate_at = learning_rate_at
-        self._unread: tuple[int, Any] | None = None
+        self._unread: tuple[int, Any, float] | None = None
         self._clock: float | None = None
         self._began = 0.0
         self.tokens = 0
@@ -65,12 +67,13 @@ class Measurements(keras.callbacks.Callback):
             self._clock = self._began
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        dispatched = time.perf_counter()
         if self.compile_seconds is None:
             # The first call returns when the step is compiled; running it is not waited for.
-            self.compile_seconds = time.perf_counter() - self._began
+            self.compile_seconds = dispatched - self._began
             self.write({"step": self._batches.first_step, "compile_seconds": round(self.compile_seconds, 3)})
         self._read()
-        self._unread = (self._batches.first_step + batch, logs or {})
+        self._unread = (self._batches.first_step + batch, logs or {}, dispatched)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.settle()
@@ -78,24 +81,28 @@ class Measurements(keras.callbacks.Callback):
     def _read(self) -> None:
         if self._unread is None:
             return
-        step, logs = self._unread
+        step, logs, dispatched = self._unread
         self._unread = None
+        asked = time.perf_counter()
+        losses = {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs}
+        answered = time.perf_counter()
+        ended = answered if answered - asked > _WAITED else dispatched
         tokens = self._batches.tokens(step)
         record: Record = {
             "step": step + 1,
             "epoch": round((step + 1) / self._batches.steps_per_epoch, 4),
-            **{name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs},
+            **losses,
             "learning_rate": self._learning_rate_at(step),
             "tokens": tokens,
         }
         if "tokens" in logs:
             record["supervised_tokens"] = int(logs["tokens"])
-        now = time.perf_counter()
-        if self._clock is not None:
-            record["seconds"] = round(now - self._clock, 4)
-            record["tokens_per_second"] = round(tokens / max(now - self._clock, 1e-9), 1)
+        if self._clock is not None and ended > self._clock:
+            seconds = ended - self._clock
+            record["seconds"] = round(seconds, 4)
+            record["tokens_per_second"] = round(tokens / seconds, 1)
             self.tokens += tokens
-            self.seconds += now - self._clock
-        self._clock = now
+            self.seconds += seconds
+        self._clock = ended
         record["batch"] = self._batches.fingerprint(step)
         self.write(record)
