@@ -4,9 +4,8 @@ Forward keeps the output and the logarithm of each row's sum; backward recompute
 for dq and once or twice for dk and dv (Dao 2023, arXiv:2307.08691, algorithms 1 and 2). Memory is linear in
 the length. K and V are never repeated: the kernel of dk and dv runs through the query heads that share one.
 
-Which blocks a program visits is decided before the kernel, from the causal order, the window and the smallest
-and largest segment of each block: an interval, so that the loop has no branches and its loads can be
-pipelined. Inside it, every block is masked.
+A program visits an interval of blocks (attention_blocks.py), so that its loop has no branches and its loads
+can be pipelined. Inside the interval, every block is masked.
 """
 
 import dataclasses
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
+from keras_gemma_ft.ops.attention_blocks import visited_keys, visited_queries
 from keras_gemma_ft.ops.attention_mask import RESIDUALS, may_attend
 
 try:
@@ -165,58 +165,6 @@ def _backward(window, tuning, interpret, residuals, d_out):
 flash_attention.defvjp(_forward, _backward)
 
 
-# --- What a program visits ----------------------------------------------------------------------------------
-
-
-def visited_keys(segment_ids: jax.Array, tiling: Tiling, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """For each block of queries, the first block of keys that it can see and the one after the last.
-
-    Returns:
-        Two of int32 [B, blocks of queries]; equal where nothing is seen.
-    """
-    visible = _block_may_attend(segment_ids, tiling, window)
-    return _interval(visible, axis=2)
-
-
-def visited_queries(
-    segment_ids: jax.Array, tiling: Tiling, window: int | None
-) -> tuple[jax.Array, jax.Array]:
-    """For each block of keys, the first block of queries that can see it and the one after the last."""
-    visible = _block_may_attend(segment_ids, tiling, window)
-    return _interval(visible, axis=1)
-
-
-def _block_may_attend(segment_ids: jax.Array, tiling: Tiling, window: int | None) -> jax.Array:
-    """bool [B, blocks of queries, blocks of keys]: False where no query sees a key."""
-    first_query, last_query, low_query, high_query = _block_extent(segment_ids, tiling.queries)
-    first_key, last_key, low_key, high_key = _block_extent(segment_ids, tiling.keys)
-    visible = first_key[None, :] <= last_query[:, None]
-    if window is not None:
-        visible &= first_query[:, None] - last_key[None, :] < window
-    return (
-        visible
-        & (low_query[:, :, None] <= high_key[:, None, :])
-        & (low_key[:, None, :] <= high_query[:, :, None])
-    )
-
-
-def _block_extent(segment_ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """First and last index [N], and smallest and largest segment [B, N] without padding, of the blocks."""
-    blocks = jnp.pad(segment_ids, ((0, 0), (0, -segment_ids.shape[1] % size))).reshape(
-        segment_ids.shape[0], -1, size
-    )
-    first = jnp.arange(blocks.shape[1]) * size
-    low = jnp.where(blocks == 0, jnp.iinfo(jnp.int32).max, blocks).min(axis=2)
-    return first, first + size - 1, low, blocks.max(axis=2)
-
-
-def _interval(visible: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    count = visible.shape[axis]
-    number = jax.lax.broadcasted_iota(jnp.int32, visible.shape, axis)
-    end = jnp.where(visible, number + 1, 0).max(axis)
-    return jnp.minimum(jnp.where(visible, number, count).min(axis), end), end
-
-
 # --- Forward ------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +179,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, H, D], and the base-2 logarithm of the sum of exponentials, float32 [B, H, T]."""
     B, T, H, _ = q.shape
-    first, end = visited_keys(segment_ids, tiling, window)
+    first, end = visited_keys(segment_ids, tiling.queries, tiling.keys, window)
     return pl.pallas_call(
         partial(_forward_kernel, tiling, window),
         grid=(H, B, pl.cdiv(T, tiling.queries)),
@@ -307,7 +255,7 @@ def query_gradient(
 ) -> jax.Array:
     """dq [B, T, H, D]."""
     B, T, H, _ = q.shape
-    first, end = visited_keys(segment_ids, tiling, window)
+    first, end = visited_keys(segment_ids, tiling.queries, tiling.keys, window)
     return pl.pallas_call(
         partial(_query_gradient_kernel, tiling, window),
         grid=(H, B, pl.cdiv(T, tiling.queries)),
@@ -379,7 +327,7 @@ def key_value_gradient(
 ) -> list[jax.Array]:
     """The `wanted` of "dk" and "dv", each [B, S, K, D], in this order."""
     B, S, K, _ = k.shape
-    first, end = visited_queries(segment_ids, tiling, window)
+    first, end = visited_queries(segment_ids, tiling.queries, tiling.keys, window)
     return pl.pallas_call(
         partial(_key_value_gradient_kernel, tiling, window, wanted),
         grid=(K, B, pl.cdiv(S, tiling.keys)),  # under a causal mask the first block has most to do

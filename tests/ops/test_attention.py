@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from keras_gemma_ft.ops import (
+    attention_blocks,
     attention_pallas,
     attention_reference,
     attention_splash,
@@ -278,12 +279,11 @@ def test_kernels_visit_the_blocks_that_see_something_and_no_others(window):
         may_attend(index[:, None], index[None, :], segments[:, :, None], segments[:, None, :], window)
     )
     blocks = np.pad(visible, ((0, 0), (0, 96 - 77), (0, 80 - 77))).reshape(4, 3, 32, 5, 16).any((2, 4))
-    tiling = Tiling(queries=32, keys=16)
     for visited, axis in (
-        (attention_pallas.visited_keys, 2),
-        (attention_pallas.visited_queries, 1),
+        (attention_blocks.visited_keys, 2),
+        (attention_blocks.visited_queries, 1),
     ):
-        first, end = (np.asarray(array) for array in visited(jnp.asarray(segments), tiling, window))
+        first, end = (np.asarray(array) for array in visited(jnp.asarray(segments), 32, 16, window))
         some = blocks.any(axis)
         count = blocks.shape[axis]
         np.testing.assert_array_equal(end > first, some)
