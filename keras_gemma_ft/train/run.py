@@ -189,8 +189,11 @@ def fit(
                 # Keras would shuffle the batches: their order is ours.
                 model.fit(batches.feed(), shuffle=False, verbose=0, callbacks=log_lazily)
             step = int(optimizer.iterations)
-            if step > 0 and checkpoints.last_step != step:
-                save(step, None) if stop.received else validation.measure(step)
+            if checkpoints.last_step != step:
+                if stop.received:
+                    save(step, None)
+                else:
+                    validation.measure(step)
         finally:
             for writer in writers:
                 writer.close()
@@ -198,9 +201,10 @@ def fit(
     # ------------------------------------------------------------------ result
     best = checkpoint.find(checkpoints_dir, "best")
     assert best is not None, "a run of one step or more has saved a checkpoint"
+    seconds = time.monotonic() - began
     interrupted = stop.received is not None and step < total
     manifest["status"] = "interrupted" if interrupted else "finished"
-    manifest["cost"] = _cost(manifest.get("cost") or {}, measurements, time.monotonic() - began)
+    manifest["cost"] = _cost(manifest["cost"], measurements, seconds)
     manifest["result"] = {
         "step": step,
         "total_steps": total,
@@ -209,17 +213,19 @@ def fit(
         "best_held_out_loss": best.eval_loss,
     }
     write_json(place / "manifest.json", manifest)
-    if interrupted:
+    if stop.received is not None and interrupted:
         raise Interrupted(
             f"Stopped after step {step} of {total}; the run is saved.\n"
             f"Go on with: keras-gemma-ft train --workdir={workdir} --resume",
-            int(stop.received or 0),
+            stop.received,
         )
-    progress.say(
-        f"done: {step} steps in {duration(time.monotonic() - began)}; best held-out loss "
-        f"{best.eval_loss:.4f} at step {best.step}\n{place}"
-    )
+    progress.say(f"done: {step} steps in {duration(seconds)}; {_describe(best)}\n{place}")
     return Result(place, step, dict(validation.losses), best)
+
+
+def _describe(best: checkpoint.Saved) -> str:
+    loss = "not measured" if best.eval_loss is None else f"{best.eval_loss:.4f}"
+    return f"best held-out loss {loss} at step {best.step}"
 
 
 def _announce(
