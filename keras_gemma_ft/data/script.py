@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from keras_gemma_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from keras_gemma_ft.data.tokenizer import Tokenizer
 
 TRAINED = 1
 """Flag: the model is to learn to say this."""
@@ -52,6 +57,11 @@ class Script:
         else:
             self.texts.append(text)
             self.flags.append(int(trained))
+
+    def spelled(self, tokenizer: Tokenizer) -> list[str]:
+        """Control tokens that the data spell: what encoding makes ordinary text."""
+        data = (text for text, flag in zip(self.texts, self.flags, strict=True) if not flag & STRUCTURE)
+        return [token for text in data for token in tokenizer.control_spelling.findall(text)]
 
     def __str__(self) -> str:
         return "".join(self.texts)

@@ -42,12 +42,10 @@ class Encoded(NamedTuple):
     Attributes:
         token_ids: int32 [n], starting with the one `<bos>`.
         loss_mask: bool [n]; True where the token is a training target.
-        neutralized: Control tokens that were spelled in the data and encoded as ordinary text.
     """
 
     token_ids: np.ndarray
     loss_mask: np.ndarray
-    neutralized: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,14 +133,14 @@ def encode(
     """Token ids and loss mask of a conversation; for many of them, `ScriptEncoder` is faster.
 
     The ids are those of the rendered text, except where the data spells a control token: that becomes
-    ordinary text (see `ScriptEncoder`).
+    ordinary text (see `ScriptEncoder`; `Template.script(...).spelled(tokenizer)` lists them).
 
     Raises:
         UserError: A message cannot be rendered.
     """
     template = Template(variant, enable_thinking, thinking, train_on)
     batch = ScriptEncoder(tokenizer).encode([template.script(messages, tools)])
-    return Encoded(batch.token_ids, batch.loss_mask, int(batch.neutralized[0]))
+    return Encoded(batch.token_ids, batch.loss_mask)
 
 
 def encode_prompt(

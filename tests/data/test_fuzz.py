@@ -12,7 +12,7 @@ from keras_gemma_ft.data.encoding import ScriptEncoder
 from keras_gemma_ft.data.mask_contract import NOTHING_TRAINED, RULES, MaskContract
 from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.data.shards import Recipe, ShardMaker
-from keras_gemma_ft.data.template import Template
+from keras_gemma_ft.data.template import Template, render
 from keras_gemma_ft.data.truncation import POLICIES
 from keras_gemma_ft.errors import UserError
 
@@ -101,6 +101,15 @@ def vocabulary(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture(scope="module")
+def jinja():
+    import jinja2
+
+    from keras_gemma_ft.export.chat_template import chat_template
+
+    return {name: jinja2.Environment().from_string(chat_template(name)) for name in ("edge", "large")}
+
+
 @given(messages=st.one_of(MESSAGES, SOUND, JSON), tools=TOOLS, template=TEMPLATES, prompt=st.booleans())
 @RELAXED
 def test_every_conversation(vocabulary, messages: Any, tools: Any, template: Template, prompt: bool):
@@ -119,6 +128,15 @@ def test_every_conversation(vocabulary, messages: Any, tools: Any, template: Tem
     assert control == vocabulary.control_spelling.findall(of_template)
     rule = MaskContract(vocabulary).broken(batch)[0]
     assert rule == -1 or RULES[rule] == NOTHING_TRAINED
+
+
+@given(
+    messages=SOUND, thinking=st.booleans(), prompt=st.booleans(), variant=st.sampled_from(["edge", "large"])
+)
+@RELAXED
+def test_the_exported_jinja_template_gives_the_same_text(jinja, messages, thinking, prompt, variant):
+    arguments = {"messages": messages, "enable_thinking": thinking, "add_generation_prompt": prompt}
+    assert render(variant=variant, **arguments) == jinja[variant].render(bos_token="<bos>", **arguments)
 
 
 @given(

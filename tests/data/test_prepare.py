@@ -1,5 +1,6 @@
 """Preparing: what is on disk, reuse and refusal, errors, streams, workers."""
 
+import importlib
 import json
 import random
 import shutil
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_gemma_ft.data import prepare as module
 from keras_gemma_ft.data.dataset import PackedDataset
 from keras_gemma_ft.data.prepare import findings, hash_files, prepare
 from keras_gemma_ft.data.rows import Conversation
@@ -66,8 +66,9 @@ def test_rows_on_disk_are_the_encoded_conversations(tmp_path, tokenizer, convers
     assert (len(dataset) == 120) is not packing
     assert counts["tokens"] == sum(len(e.token_ids) for e in expected)
     assert counts["trained_tokens"] == sum(e.loss_mask.sum() for e in expected)
-    assert counts["neutralized_tokens"] == sum(e.neutralized for e in expected) > 0
-    assert counts["neutralized_conversations"] == sum(e.neutralized > 0 for e in expected)
+    spelled = [Template().script(conversation.messages).spelled(tokenizer) for conversation in conversations]
+    assert counts["neutralized_tokens"] == sum(map(len, spelled)) > 0
+    assert counts["neutralized_conversations"] == sum(map(bool, spelled))
     assert dataset.manifest["efficiency"] == pytest.approx(counts["tokens"] / (len(dataset) * 512), abs=1e-4)
 
 
@@ -194,6 +195,7 @@ def test_a_dataset_without_a_trained_token_is_an_error(tmp_path, tokenizer, conv
 
 def test_streams_in_chunks_that_no_number_of_workers_changes(tmp_path, tokenizer, conversations, monkeypatch):
     """Larger than a chunk, the input is read as it is needed, and two processes give the same files."""
+    module = importlib.import_module(prepare.__module__)
     monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 1500)
     monkeypatch.setattr(module, "_CHUNK_ROWS", 0)
     read = 0

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,26 @@ def test_pickles_by_path(tokenizer):
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.sha256 == tokenizer.sha256
     assert again.encode("the bank") == tokenizer.encode("the bank")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "assets/tokenizer/vocabulary.spm", "tokenizer.json"])
+def test_presets_keep_their_vocabulary_in_several_places(
+    tmp_path, monkeypatch, tokenizer, json_tokenizer, name
+):
+    monkeypatch.setattr("keras_gemma_ft.presets.resolve_preset", Path, raising=False)
+    (tmp_path / "tokenizer.json").write_text('{"module": "keras_hub"}')  # KerasHub's, no vocabulary
+    source = json_tokenizer if name == "tokenizer.json" else tokenizer
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(source.serialized)
+    found = Tokenizer.from_preset(tmp_path)
+    assert found.sha256 == source.sha256
+    assert found.path == tmp_path / name
+
+
+def test_preset_without_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_gemma_ft.presets.resolve_preset", Path, raising=False)
+    with pytest.raises(UserError, match="no vocabulary"):
+        Tokenizer.from_preset(tmp_path)
 
 
 def test_files_that_are_no_vocabulary(tmp_path):
