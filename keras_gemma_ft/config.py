@@ -268,7 +268,7 @@ FIELDS: tuple[Field, ...] = (
         "task.kind", "auto", "how `evaluate` scores answers; auto decides by the held-out rows", choices=TASKS
     ),
 )
-BY_NAME: Mapping[str, Field] = {field.name: field for field in FIELDS}
+BY_NAME: dict[str, Field] = {field.name: field for field in FIELDS}
 
 
 def default_config() -> ConfigDict:
