@@ -87,11 +87,14 @@ def prepare(
     identity = _identity(tokenizer, recipe, sources, on_error)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         return _reopen(directory, identity)
+    chunks = _chunks(conversations, recipe.max_length)
+    first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
+    workers = _worker_count(workers, len(first))
     total: Counter[str] = Counter()
     problems: list[Problem] = []
     shards: list[dict[str, Any]] = []
     with _staging(directory) as place:
-        for shard in _shards(_chunks(conversations, recipe.max_length), tokenizer, recipe, place, workers):
+        for shard in _shards(enumerate(chain(first, chunks)), tokenizer, recipe, place, workers):
             if shard.problems and on_error == "stop":
                 raise shard.problems[0].error()
             problems += shard.problems[: _LISTED_PROBLEMS - len(problems)]
@@ -216,18 +219,27 @@ def _chunks(conversations: Iterable[Conversation], max_length: int) -> Iterator[
         yield chunk
 
 
+def _worker_count(workers: int | None, chunks: int) -> int:
+    """How many processes to use; `chunks` is how many there are, up to what makes processes worth while."""
+    if workers is None:
+        workers = (os.cpu_count() or 1) if chunks == _CHUNKS_WORTH_WORKERS else 1
+    if workers > 1 and multiprocessing.parent_process() is not None:
+        # A spawned process runs the script's top level first: without the guard it comes by here, too.
+        raise UserError(
+            "a worker process started to prepare the data once more",
+            remedy='call it under `if __name__ == "__main__":`, or with workers=1.',
+        )
+    return workers
+
+
 def _shards(
-    chunks: Iterator[list[Conversation]],
+    numbered: Iterable[tuple[int, list[Conversation]]],
     tokenizer: Tokenizer,
     recipe: Recipe,
     directory: Path,
-    workers: int | None,
+    workers: int,
 ) -> Iterator[Shard]:
     """Makes shards, in this process or in others, and gives them in order."""
-    first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
-    if workers is None:
-        workers = (os.cpu_count() or 1) if len(first) == _CHUNKS_WORTH_WORKERS else 1
-    numbered = enumerate(chain(first, chunks))
     if workers > 1:
         yield from _in_parallel(numbered, tokenizer, recipe, directory, workers)
     else:

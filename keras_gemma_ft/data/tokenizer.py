@@ -276,7 +276,8 @@ class _HuggingFace:
         normalizer, pre_tokenizer = state.get("normalizer"), state.get("pre_tokenizer")
         self.splits_at_spaces = (
             normalizer == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-            and (pre_tokenizer is None or pre_tokenizer.get("type") == "Split")
+            # Gemma's converter writes a split at spaces, of which the normalizer has left none.
+            and (pre_tokenizer is None or pre_tokenizer.get("pattern") == {"String": " "})
             and state["model"].get("type") == "BPE"
             and not any(token.lstrip or token.rstrip or token.single_word for token in self._added_tokens())
         )

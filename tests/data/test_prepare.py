@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,6 +223,26 @@ def test_streams_in_chunks_that_no_number_of_workers_changes(tmp_path, tokenizer
     assert len(first.manifest["shards"]) == len(unread_at_first_shard) > 5
     prepare(conversations, tmp_path / "two", tokenizer, RECIPE, SOURCES, workers=2)
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+def test_scripts_without_a_guard_are_told(tmp_path, vocabulary_file):
+    """Spawned processes run the script's top level again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+from keras_gemma_ft.data import Conversation, Recipe, Tokenizer, prepare
+tokenizer = Tokenizer.from_file({str(vocabulary_file)!r})
+messages = [{{"role": "user", "content": "Hi"}}, {{"role": "model", "content": "Hello!"}}]
+prepare([Conversation(messages, "a:1")], {str(tmp_path / "data")!r}, tokenizer, Recipe(), {{}}, workers=2)
+""",
+        encoding="utf-8",
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert "a worker process of the preparation died" in result.stderr
+    assert 'under `if __name__ == "__main__":`' in result.stderr
+    assert list(tmp_path.iterdir()) == [script]
 
 
 def test_seed_decides_who_shares_a_row(tokenizer, conversations):

@@ -1,5 +1,6 @@
 """Vocabularies: ids by piece, both file kinds, decoding token by token, encoding word by word."""
 
+import json
 import pickle
 import random
 from pathlib import Path
@@ -54,6 +55,20 @@ def test_words_together_are_the_text(kind, request, random_text):
         assert ids.dtype == np.int32
         assert ids.tolist() == [i for text in texts for i in t.encode(text)]
     assert cut > 300  # the word path was taken, not only the whole-text path
+
+
+def test_vocabularies_that_do_more_than_merge_are_not_cut(tmp_path, json_tokenizer):
+    state = json.loads(json_tokenizer.serialized)
+
+    def words(**changes: object) -> list[str]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**state, **changes}), encoding="utf-8")
+        return WordTable(Tokenizer.from_file(tmp_path / "tokenizer.json")).split("the bank")
+
+    split = {"type": "Split", "behavior": "MergedWithPrevious", "invert": False}
+    assert words() == ["the", " bank"]
+    assert words(pre_tokenizer={**split, "pattern": {"String": " "}}) == ["the", " bank"]
+    assert words(pre_tokenizer={**split, "pattern": {"Regex": "x"}}) == ["the bank"]
+    assert words(normalizer={"type": "Lowercase"}) == ["the bank"]
 
 
 def test_word_table_starts_over_when_full(tokenizer, monkeypatch):
