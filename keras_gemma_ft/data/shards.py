@@ -19,6 +19,7 @@ from keras_gemma_ft.data.encoding import EncodedBatch, ScriptEncoder
 from keras_gemma_ft.data.mask_contract import RULES, MaskContract
 from keras_gemma_ft.data.packing import PackedRows, best_fit, fill_rows
 from keras_gemma_ft.data.rows import Conversation
+from keras_gemma_ft.data.script import Script
 from keras_gemma_ft.data.template import Template
 from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.data.truncation import POLICIES, Policy, Truncation
@@ -117,12 +118,15 @@ class ShardMaker:
         self, conversations: Sequence[Conversation], number: int = 0
     ) -> tuple[PackedRows, Counter[str], list[Problem]]:
         """Rows of a chunk in memory, with counts and the conversations that are left out."""
-        encoded, origins, problems = self._encode(conversations)
+        encoded, indices, faults = self._encode(conversations)
         shortened = self._truncation.apply(encoded)
         broken = self._contract.broken(shortened.batch, shortened.cut)
         for example in np.flatnonzero(broken >= 0).tolist():
-            origin = origins[shortened.source[example]]
-            problems.append(Problem(RULES[broken[example]], origin, "give every row an answer to learn."))
+            index = indices[shortened.source[example]]
+            faults[index] = Problem(
+                RULES[broken[example]], conversations[index].origin, "give every row an answer to learn."
+            )
+        problems = [faults[index] for index in sorted(faults)]
         examples = _select(shortened.batch, broken < 0)
         rows = fill_rows(examples, self._assign(examples.lengths, number), self._recipe.max_length)
         counts = shortened.counts + Counter(
@@ -136,17 +140,22 @@ class ShardMaker:
         )
         return rows, counts, problems
 
-    def _encode(self, conversations: Sequence[Conversation]) -> tuple[EncodedBatch, list[str], list[Problem]]:
+    def _encode(
+        self, conversations: Sequence[Conversation]
+    ) -> tuple[EncodedBatch, list[int], dict[int, Problem]]:
+        """What can be laid out, with the indices of the conversations, and what cannot, by index."""
         template = self._recipe.template
-        scripts, origins, problems = [], [], []
-        for conversation in conversations:
+        scripts: list[Script] = []
+        indices: list[int] = []
+        faults: dict[int, Problem] = {}
+        for index, conversation in enumerate(conversations):
             try:
                 scripts.append(template.script(conversation.messages, conversation.tools))
-                origins.append(conversation.origin)
+                indices.append(index)
             except UserError as error:
                 where = f"{conversation.origin}, {error.where}" if error.where else conversation.origin
-                problems.append(Problem(error.what, where, error.remedy))
-        return self._encoder.encode(scripts), origins, problems
+                faults[index] = Problem(error.what, where, error.remedy)
+        return self._encoder.encode(scripts), indices, faults
 
     def _assign(self, lengths: np.ndarray, number: int) -> np.ndarray:
         """The row of each example. Equally long ones are shuffled, so that neighbours in a file part."""

@@ -156,6 +156,9 @@ def test_the_first_bad_conversation_stops(tmp_path, tokenizer):
         prepare(BAD, tmp_path / "data", tokenizer, RECIPE, SOURCES)
     assert str(error.value).startswith("train.jsonl:2, message 2: unknown role 'critic'\n")
     with pytest.raises(UserError) as error:
+        prepare(BAD[2:0:-1], tmp_path / "data", tokenizer, RECIPE, SOURCES)
+    assert str(error.value).startswith("train.jsonl:3: no token is trained")
+    with pytest.raises(UserError) as error:
         prepare(BAD[2:], tmp_path / "data", tokenizer, RECIPE, SOURCES)
     assert str(error.value).startswith("train.jsonl:3: no token is trained")
     assert list(tmp_path.iterdir()) == []
