@@ -121,9 +121,9 @@ class Gemma4Config:
             period = len(types) // max(groups, 1)
             if not groups or types != ((SLIDING,) * (period - 1) + (FULL,)) * groups:
                 raise UserError(
-                    f"the {name}-KV layers {list(types)} are not equal groups of sliding layers and one full layer",
+                    f"the {name}-KV layers {list(types)} are no equal groups that end in a full layer",
                     where="config.json: layer_types, num_kv_shared_layers",
-                    remedy="Gemma 4's published layouts are; check that the configuration is one of a text decoder.",
+                    remedy="Gemma 4's published layouts are; check that this is a text decoder's file.",
                 )
             stages.append(Stage(name, start, groups, period - 1))
         return tuple(stages)
@@ -153,10 +153,10 @@ class Gemma4Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Gemma4Config:
-        """Reads a Hugging Face `config.json` (of `Gemma4ForConditionalGeneration` or of the text model alone).
+        """Reads a Hugging Face `config.json` (the whole model's or that of the text model alone).
 
-        Both spellings of the global layers' shape are read: `global_head_dim` with `num_global_key_value_heads`,
-        and the newer `per_layer_config`.
+        Both spellings of the global layers' shape are read: `global_head_dim` with
+        `num_global_key_value_heads`, and the newer `per_layer_config`.
 
         Raises:
             UserError: It is no Gemma 4 configuration, or a field is missing.
