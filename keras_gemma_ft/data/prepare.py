@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keras_gemma_ft.data.dataset import MANIFEST, PackedDataset
-from keras_gemma_ft.data.rows import Conversation
-from keras_gemma_ft.data.shards import Problem, Recipe, Shard, ShardMaker
+from keras_gemma_ft.data.rows import Problem, Row
+from keras_gemma_ft.data.shards import Recipe, Shard, ShardMaker
 from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.errors import UserError
 
@@ -49,7 +49,7 @@ Progress = Callable[[Counter[str]], None]
 
 
 def prepare(
-    conversations: Iterable[Conversation],
+    conversations: Iterable[Row],
     directory: str | Path,
     tokenizer: Tokenizer,
     recipe: Recipe,
@@ -61,7 +61,8 @@ def prepare(
     """Prepares a dataset, or opens it if that was done before.
 
     Args:
-        conversations: Read one by one, and only if the dataset is not there yet.
+        conversations: Read one by one, and only if the dataset is not there yet. A problem among them
+            is a row that the reader found wrong.
         directory: Where to write; must not exist, be empty, or hold what a call like this one wrote.
         tokenizer: The preset's vocabulary.
         recipe: How rows are made.
@@ -204,14 +205,18 @@ def _reopen(directory: Path, identity: dict[str, Any]) -> PackedDataset:
     )
 
 
-def _chunks(conversations: Iterable[Conversation], max_length: int) -> Iterator[list[Conversation]]:
+def _chunks(conversations: Iterable[Row], max_length: int) -> Iterator[list[Row]]:
     """Consecutive conversations of about as much text each."""
     limit = max(_CHUNK_CHARACTERS, _CHUNK_ROWS * max_length * _CHARACTERS_PER_TOKEN)
-    chunk: list[Conversation] = []
+    chunk: list[Row] = []
     characters = 0
     for conversation in conversations:
         chunk.append(conversation)
-        characters += sum(len(str(m.get("content"))) for m in conversation.messages if isinstance(m, dict))
+        if isinstance(conversation, Problem):
+            characters += len(conversation.what)
+        else:
+            contents = (m.get("content") for m in conversation.messages if isinstance(m, dict))
+            characters += sum(len(str(content)) for content in contents)
         if characters >= limit:
             yield chunk
             chunk, characters = [], 0
@@ -233,7 +238,7 @@ def _worker_count(workers: int | None, chunks: int) -> int:
 
 
 def _shards(
-    numbered: Iterable[tuple[int, list[Conversation]]],
+    numbered: Iterable[tuple[int, list[Row]]],
     tokenizer: Tokenizer,
     recipe: Recipe,
     directory: Path,
@@ -249,7 +254,7 @@ def _shards(
 
 
 def _in_parallel(
-    numbered: Iterable[tuple[int, list[Conversation]]],
+    numbered: Iterable[tuple[int, list[Row]]],
     tokenizer: Tokenizer,
     recipe: Recipe,
     directory: Path,
@@ -288,7 +293,7 @@ def _start_worker(vocabulary: Path, recipe: Recipe, directory: Path) -> None:
     _worker = ShardMaker(Tokenizer.from_file(vocabulary), recipe), directory
 
 
-def _work(number: int, chunk: list[Conversation]) -> Shard:
+def _work(number: int, chunk: list[Row]) -> Shard:
     assert _worker is not None, "the pool calls _start_worker first"
     maker, directory = _worker
     return maker.make(chunk, number, directory)

@@ -1,7 +1,9 @@
-"""The one row type of the data rooms: a conversation, and where it came from."""
+"""A row of the data rooms: a conversation, or what is wrong with it, and where it came from."""
 
 from dataclasses import dataclass
 from typing import Any
+
+from keras_gemma_ft.errors import UserError
 
 Message = dict[str, Any]
 """One message: `role`, `content` (str, list of text parts, or None), and optionally `reasoning` or
@@ -26,3 +28,19 @@ class Conversation:
     origin: str
     label: str | None = None
     tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(slots=True)
+class Problem:
+    """A row that cannot be trained on: what is wrong, where, and what to do."""
+
+    what: str
+    where: str
+    remedy: str | None
+
+    def error(self) -> UserError:
+        return UserError(self.what, where=self.where, remedy=self.remedy)
+
+
+Row = Conversation | Problem
+"""What a reader gives for each row of its files."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from keras_gemma_ft.data.dataset import write_shard
 from keras_gemma_ft.data.encoding import EncodedBatch, ScriptEncoder
 from keras_gemma_ft.data.mask_contract import RULES, MaskContract
 from keras_gemma_ft.data.packing import PackedRows, best_fit, fill_rows
-from keras_gemma_ft.data.rows import Conversation
+from keras_gemma_ft.data.rows import Conversation, Problem, Row
 from keras_gemma_ft.data.script import Script
 from keras_gemma_ft.data.template import Template
 from keras_gemma_ft.data.tokenizer import Tokenizer
@@ -64,18 +64,6 @@ class Recipe:
 
 
 @dataclass(slots=True)
-class Problem:
-    """A conversation that cannot be trained on: what is wrong, where, and what to do."""
-
-    what: str
-    where: str
-    remedy: str | None
-
-    def error(self) -> UserError:
-        return UserError(self.what, where=self.where, remedy=self.remedy)
-
-
-@dataclass(slots=True)
 class Shard:
     """What became of a chunk.
 
@@ -103,7 +91,7 @@ class ShardMaker:
         self._contract = MaskContract(tokenizer)
         self._truncation = Truncation(recipe.truncation, recipe.max_length, tokenizer)
 
-    def make(self, conversations: Sequence[Conversation], number: int, directory: Path) -> Shard:
+    def make(self, conversations: Sequence[Row], number: int, directory: Path) -> Shard:
         """Writes the shard of the `number`-th chunk into a directory."""
         rows, counts, problems = self.rows(conversations, number)
         name = f"rows-{number:05d}"
@@ -115,7 +103,7 @@ class ShardMaker:
         return Shard(name, len(rows.token_ids), digest.hexdigest(), counts, problems)
 
     def rows(
-        self, conversations: Sequence[Conversation], number: int = 0
+        self, conversations: Sequence[Row], number: int = 0
     ) -> tuple[PackedRows, Counter[str], list[Problem]]:
         """Rows of a chunk in memory, with counts and the conversations that are left out."""
         encoded, indices, faults = self._encode(conversations)
@@ -123,9 +111,8 @@ class ShardMaker:
         broken = self._contract.broken(shortened.batch, shortened.cut)
         for example in np.flatnonzero(broken >= 0).tolist():
             index = indices[shortened.source[example]]
-            faults[index] = Problem(
-                RULES[broken[example]], conversations[index].origin, "give every row an answer to learn."
-            )
+            origin = cast(Conversation, conversations[index]).origin
+            faults[index] = Problem(RULES[broken[example]], origin, "give every row an answer to learn.")
         problems = [faults[index] for index in sorted(faults)]
         examples = _select(shortened.batch, broken < 0)
         rows = fill_rows(examples, self._assign(examples.lengths, number), self._recipe.max_length)
@@ -140,15 +127,16 @@ class ShardMaker:
         )
         return rows, counts, problems
 
-    def _encode(
-        self, conversations: Sequence[Conversation]
-    ) -> tuple[EncodedBatch, list[int], dict[int, Problem]]:
+    def _encode(self, conversations: Sequence[Row]) -> tuple[EncodedBatch, list[int], dict[int, Problem]]:
         """What can be laid out, with the indices of the conversations, and what cannot, by index."""
         template = self._recipe.template
         scripts: list[Script] = []
         indices: list[int] = []
         faults: dict[int, Problem] = {}
         for index, conversation in enumerate(conversations):
+            if isinstance(conversation, Problem):
+                faults[index] = conversation
+                continue
             try:
                 scripts.append(template.script(conversation.messages, conversation.tools))
                 indices.append(index)

@@ -10,8 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from keras_gemma_ft.data.dataset import PackedDataset
-from keras_gemma_ft.data.prepare import findings, hash_files, prepare
-from keras_gemma_ft.data.rows import Conversation
+from keras_gemma_ft.data.prepare import findings, prepare
+from keras_gemma_ft.data.readers import conversations, fingerprints
 from keras_gemma_ft.data.shards import Recipe
 from keras_gemma_ft.data.template import Template, Variant
 from keras_gemma_ft.data.tokenizer import Tokenizer
@@ -35,27 +35,6 @@ class Examples:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def conversations(config: ConfigDict) -> tuple[list[Conversation], list[Conversation]]:
-    """The training and the held-out rows of a config, in the same way whenever they are asked for.
-
-    Raises:
-        UserError: A row is wrong (unless `data.on_error` is "skip"), or a file cannot be read.
-    """
-    from keras_gemma_ft.data.readers import hold_out, read
-
-    data = config.data
-    layout = {
-        "format": data.format,
-        "prompt": data.prompt,
-        "response": data.response,
-        "on_error": data.on_error,
-    }
-    train = list(read(data.train, **layout))
-    if data.eval is not None:
-        return train, list(read(data.eval, **layout))
-    return hold_out(train, data.eval_fraction, config.seed)
-
-
 def prepare_examples(config: ConfigDict, place: Path, tell: Callable[[str], None]) -> Examples:
     """Reads, holds out, encodes, masks and packs, into `place`/train and `place`/held_out.
 
@@ -73,10 +52,9 @@ def prepare_examples(config: ConfigDict, place: Path, tell: Callable[[str], None
     tokenizer = Tokenizer.from_preset(config.preset)
     template = Template(_variant(config.preset), thinking=data.thinking, train_on=data.train_on)
     recipe = Recipe(template, data.max_length, data.packing, data.truncation, config.seed)
-    files = [file for file in (data.train, data.eval) if file is not None]
-    sources = hash_files(files)
+    sources = fingerprints(config)
     parts = {}
-    for name, rows in zip(("train", "held_out"), conversations(config), strict=True):
+    for name, rows in zip(("train", "held_out"), conversations(config, tell), strict=True):
         # Either part follows from all the files and from how they are divided.
         division = {"part": f"{name} of {data.eval_fraction} held out" if data.eval is None else name}
         parts[name] = prepare(rows, place / name, tokenizer, recipe, {**sources, **division}, data.on_error)

@@ -26,7 +26,7 @@ def config(shared, tmp_path, monkeypatch):
     made.data.max_length = 64
     (tmp_path / "train.jsonl").write_text("as it was")
     rows = [conversation(number) for number in range(50)]
-    monkeypatch.setattr(examples, "conversations", lambda config: (rows[:45], rows[45:]))
+    monkeypatch.setattr(examples, "conversations", lambda config, tell: (rows[:45], rows[45:]))
     monkeypatch.setattr(examples, "_variant", lambda preset: "edge")
     vocabulary = Tokenizer.from_file(shared / "tokenizer" / "gemma4.model")
     monkeypatch.setattr(Tokenizer, "from_preset", lambda preset: vocabulary)
@@ -62,7 +62,7 @@ def test_other_rows_are_other_facts(config, tmp_path):
 def test_what_became_of_rows_is_told(config, tmp_path, monkeypatch):
     rows = [conversation(number) for number in range(9)]
     rows[3].messages[1]["content"] = "very long " * 100
-    monkeypatch.setattr(examples, "conversations", lambda config: (rows[:8], rows[8:]))
+    monkeypatch.setattr(examples, "conversations", lambda config, tell: (rows[:8], rows[8:]))
     told = []
     made = examples.prepare_examples(config, tmp_path / "data", told.append)
     assert made.train_examples == 7
