@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from keras_gemma_ft.ops import (
     attention_cudnn,
@@ -130,16 +131,34 @@ def _climb(
     raise NotImplementedError("; ".join(f"{name} declines: {reason}" for name, reason in declined.items()))
 
 
-def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention of one new token to a cache.
+def decode_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, cached_k: jax.Array, cached_v: jax.Array, seen: jax.Array
+) -> jax.Array:
+    """Attention of one new token to itself and to a cache, which need not hold it yet.
+
+    So a cache is only read here, and what is new in all layers can be written to it at once.
 
     Args:
         q: [B, 1, H, D], already scaled.
-        k: [B, S, K, D], the cache's keys, the new token's included.
-        v: [B, S, K, D].
-        mask: bool [B, S], the entries that the token sees; window, length and validity are the caller's.
+        k: [B, 1, K, D], the token's own key.
+        v: [B, 1, K, D].
+        cached_k: [B, K, S, D]; the heads are in front, as the products read them.
+        cached_v: [B, K, S, D].
+        seen: bool [B, S], the entries that the token sees; window, length and validity are the caller's.
 
     Returns:
-        [B, 1, H, D] in q's dtype; zeros where nothing is seen.
+        [B, 1, H, D] in q's dtype.
     """
-    return attention_reference.masked_attention(q, k, v, mask[:, None, :])
+    (B, _, H, D), K = q.shape, k.shape[2]
+    q_BxKxGxD = q.reshape(B, K, H // K, D)
+    wide = {"preferred_element_type": jnp.float32}
+    own_BxKxG = jnp.einsum("bkgd,bkd->bkg", q_BxKxGxD, k[:, 0], **wide)
+    logits_BxKxGxS = jnp.einsum("bkgd,bksd->bkgs", q_BxKxGxD, cached_k, **wide)
+    logits_BxKxGxS = jnp.where(seen[:, None, None], logits_BxKxGxS, -jnp.inf)
+    top_BxKxG = jnp.maximum(own_BxKxG, logits_BxKxGxS.max(axis=-1))
+    own_BxKxG = jnp.exp(own_BxKxG - top_BxKxG)
+    weights_BxKxGxS = jnp.exp(logits_BxKxGxS - top_BxKxG[..., None])
+    total_BxKxG = own_BxKxG + weights_BxKxGxS.sum(axis=-1)
+    out_BxKxGxD = jnp.einsum("bkgs,bksd->bkgd", weights_BxKxGxS.astype(v.dtype), cached_v, **wide)
+    out_BxKxGxD += own_BxKxG[..., None] * v[:, 0, :, None].astype(jnp.float32)
+    return (out_BxKxGxD / total_BxKxG[..., None]).reshape(B, 1, H, D).astype(q.dtype)
