@@ -9,6 +9,15 @@ from typing import Any
 from keras_gemma_ft.errors import UserError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+# What a KerasHub backbone can be asked for and no published text decoder is: field to what it must be.
+_NOT_OF_KERAS_HUB = {
+    "attention_logit_soft_cap": None,
+    "global_rope_scaling_factor": 1.0,
+    "is_embedding_model": False,
+    "local_rope_scaling_factor": 1.0,
+    "use_bidirectional_attention": False,
+    "use_sliding_window_attention": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +168,18 @@ class Gemma4Config:
         `num_global_key_value_heads`, and the newer `per_layer_config`.
 
         Raises:
-            UserError: It is no Gemma 4 configuration, or a field is missing.
+            UserError: It is no causal Gemma 4's configuration, or a field is missing or wrong.
         """
         text = dict(config.get("text_config") or config)
         if not str(text.get("model_type", "")).startswith("gemma4"):
             raise UserError(
                 f"model_type is {text.get('model_type')!r}, not a Gemma 4",
+                where="config.json",
+                remedy="give a preset of Gemma 4: E2B, E4B, 26B-A4B, 31B or the embedded gemma4_tiny.",
+            )
+        if text.get("use_bidirectional_attention") == "all":
+            raise UserError(
+                "use_bidirectional_attention is 'all': it is no causal model",
                 where="config.json",
                 remedy="give a preset of Gemma 4: E2B, E4B, 26B-A4B, 31B or the embedded gemma4_tiny.",
             )
@@ -174,14 +189,20 @@ class Gemma4Config:
             if len(layer_types) != num_layers:
                 period = 6
                 layer_types = tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
-            overrides = text.get("per_layer_config") or {}
-            first_global = layer_types.index(FULL)
-            override = overrides.get(str(first_global)) or overrides.get(FULL) or {}
+            if "per_layer_config" in text:
+                of_global = {
+                    "head_dim": text["head_dim"],
+                    **_global_layers(text["per_layer_config"], layer_types),
+                }
+            else:
+                of_global = {
+                    "head_dim": text.get("global_head_dim", 512),
+                    "num_key_value_heads": text.get("num_global_key_value_heads"),
+                }
             k_eq_v = bool(text.get("attention_k_eq_v"))
             rope = text.get("rope_parameters") or {}
             full_rope, local_rope = rope.get(FULL) or {}, rope.get(SLIDING) or {}
             moe = bool(text.get("enable_moe_block"))
-            global_kv = override.get("num_key_value_heads") or text.get("num_global_key_value_heads")
             return cls(
                 vocab_size=text["vocab_size"],
                 hidden_size=text["hidden_size"],
@@ -190,8 +211,8 @@ class Gemma4Config:
                 num_attention_heads=text["num_attention_heads"],
                 num_key_value_heads=text["num_key_value_heads"],
                 head_dim=text["head_dim"],
-                global_head_dim=override.get("head_dim") or text.get("global_head_dim") or text["head_dim"],
-                num_global_key_value_heads=global_kv if k_eq_v else None,
+                global_head_dim=of_global["head_dim"],
+                num_global_key_value_heads=of_global.get("num_key_value_heads") if k_eq_v else None,
                 attention_k_eq_v=k_eq_v,
                 num_kv_shared_layers=text.get("num_kv_shared_layers") or 0,
                 use_double_wide_mlp=bool(text.get("use_double_wide_mlp")),
@@ -273,39 +294,59 @@ class Gemma4Config:
 
     @classmethod
     def from_keras_hub(cls, config: Mapping[str, Any]) -> Gemma4Config:
-        """Reads the `get_config()` of a KerasHub `Gemma4Backbone`."""
-        global_kv = config["num_global_key_value_heads"]
-        moe = bool(config["enable_moe_block"])
-        layer_types = config["layer_types"] or [
-            FULL if (i + 1) % config["sliding_window_pattern"] == 0 else SLIDING
-            for i in range(config["num_layers"])
-        ]
-        return cls(
-            vocab_size=config["vocabulary_size"],
-            hidden_size=config["hidden_dim"],
-            intermediate_size=config["intermediate_dim"],
-            layer_types=tuple(layer_types),
-            num_attention_heads=config["num_query_heads"],
-            num_key_value_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            global_head_dim=config["global_head_dim"] or config["head_dim"],
-            # KerasHub switches K = V by this field being set (read in keras-hub 0.32, gemma4_attention.py).
-            num_global_key_value_heads=global_kv,
-            attention_k_eq_v=global_kv is not None,
-            num_kv_shared_layers=config["num_kv_shared_layers"],
-            use_double_wide_mlp=config["use_double_wide_mlp"],
-            hidden_size_per_layer_input=config["hidden_size_per_layer_input"],
-            vocab_size_per_layer_input=config["vocab_size_per_layer_input"] or config["vocabulary_size"],
-            sliding_window=config["sliding_window_size"],
-            local_rope_theta=config["local_rope_wavelength"] or 10_000.0,
-            global_rope_theta=config["global_rope_wavelength"] or 1_000_000.0,
-            global_rotary_fraction=config["global_rope_partial_rotary_factor"] or 1.0,
-            rms_norm_eps=config["layer_norm_epsilon"],
-            final_logit_softcapping=config["final_logit_soft_cap"],
-            num_experts=config["num_experts"] if moe else 0,
-            top_k_experts=config["num_experts_per_token"] if moe else 0,
-            moe_intermediate_size=config["expert_intermediate_dim"] if moe else 0,
-        )
+        """Reads the `get_config()` of a KerasHub `Gemma4Backbone`.
+
+        Raises:
+            UserError: A field is missing, or asks for what no published Gemma 4 text decoder does.
+        """
+        for field, neutral in _NOT_OF_KERAS_HUB.items():
+            if config.get(field, neutral) != neutral:
+                raise UserError(
+                    f"{field}={config[field]!r} is not supported",
+                    where="config.json of the KerasHub preset",
+                    remedy="give a preset of one of Gemma 4's published text decoders.",
+                )
+        try:
+            num_layers = config["num_layers"]
+            period = config.get("sliding_window_pattern", 6)
+            layer_types = config.get("layer_types") or [
+                FULL if (i + 1) % period == 0 else SLIDING for i in range(num_layers)
+            ]
+            moe = bool(config.get("enable_moe_block"))
+            global_kv = config.get("num_global_key_value_heads")
+            return cls(
+                vocab_size=config["vocabulary_size"],
+                hidden_size=config["hidden_dim"],
+                intermediate_size=config["intermediate_dim"],
+                layer_types=tuple(layer_types),
+                num_attention_heads=config["num_query_heads"],
+                num_key_value_heads=config["num_key_value_heads"],
+                head_dim=config["head_dim"],
+                global_head_dim=config.get("global_head_dim") or config["head_dim"],
+                # KerasHub switches K = V by this field being set (keras-hub 0.32, gemma4_backbone.py).
+                num_global_key_value_heads=global_kv,
+                attention_k_eq_v=global_kv is not None,
+                num_kv_shared_layers=config.get("num_kv_shared_layers") or 0,
+                use_double_wide_mlp=bool(config.get("use_double_wide_mlp")),
+                hidden_size_per_layer_input=config.get("hidden_size_per_layer_input") or 0,
+                vocab_size_per_layer_input=config.get("vocab_size_per_layer_input")
+                or config["vocabulary_size"],
+                sliding_window=config.get("sliding_window_size", 512),
+                local_rope_theta=config.get("local_rope_wavelength") or 10_000.0,
+                global_rope_theta=config.get("global_rope_wavelength") or 1_000_000.0,
+                global_rotary_fraction=config.get("global_rope_partial_rotary_factor", 1.0),
+                rms_norm_eps=config.get("layer_norm_epsilon", 1e-6),
+                final_logit_softcapping=config.get("final_logit_soft_cap"),
+                num_experts=config["num_experts"] if moe else 0,
+                top_k_experts=config.get("num_experts_per_token", 8) if moe else 0,
+                moe_intermediate_size=config["expert_intermediate_dim"] if moe else 0,
+            )
+        except KeyError as error:
+            raise UserError(
+                f"the field {error} is missing",
+                where="config.json of the KerasHub preset",
+                remedy="use the config.json that was saved with the weights.",
+            ) from error
 
     def to_keras_hub(self) -> dict[str, Any]:
         """Keyword arguments of a text-only KerasHub `Gemma4Backbone`."""
@@ -337,6 +378,26 @@ class Gemma4Config:
             "expert_intermediate_dim": self.moe_intermediate_size or None,
             "num_experts_per_token": self.top_k_experts or 8,
         }
+
+
+def _global_layers(per_layer: Mapping[str, Any], layer_types: tuple[str, ...]) -> dict[str, Any]:
+    """What `per_layer_config` says of the global layers: transformers' spelling since 5.23.
+
+    Its keys are layer numbers, with zeros in front where there are ten layers and more ("05", "11").
+
+    Raises:
+        UserError: It sets local layers apart, or global layers from each other.
+    """
+    by_layer = {int(number): override for number, override in per_layer.items()}
+    globals_ = [index for index, kind in enumerate(layer_types) if kind == FULL]
+    override = dict(by_layer.get(globals_[0], {})) if globals_ else {}
+    if by_layer != dict.fromkeys(globals_, override):
+        raise UserError(
+            "layers of one kind differ from each other",
+            where="config.json: per_layer_config",
+            remedy="Gemma 4's published layers do not; check that this is a text decoder's file.",
+        )
+    return override
 
 
 def _first(value: int | list[int] | None, default: int) -> int:

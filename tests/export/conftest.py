@@ -1,6 +1,5 @@
 """Small presets of every kind of Gemma 4, made by transformers, with a vocabulary trained here."""
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,56 +7,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from small_models import KINDS, write_hf
 
 MARKERS = ["<mask>", "<|tool>", "<tool|>", "<|tool_response>", "<|turn>", "<turn|>", '<|"|>']
 WHOLE = ["\n", "\n\n", "▁▁", "▁▁▁▁", "<b>", "</b>"]
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
-
-# The window is shorter than the prompts, so that both kinds of attention differ.
-COMMON = {
-    "attention_k_eq_v": False,
-    "enable_moe_block": False,
-    "final_logit_softcapping": 30.0,
-    "global_head_dim": 16,
-    "head_dim": 8,
-    "hidden_size": 32,
-    "hidden_size_per_layer_input": 0,
-    "intermediate_size": 48,
-    "layer_types": [LOCAL, LOCAL, GLOBAL] * 2,
-    "max_position_embeddings": 256,
-    "model_type": "gemma4_text",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 6,
-    "num_key_value_heads": 2,
-    "num_kv_shared_layers": 0,
-    "rope_parameters": {
-        GLOBAL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
-        LOCAL: {"rope_theta": 1e4, "rope_type": "default"},
-    },
-    "sliding_window": 8,
-    "tie_word_embeddings": True,
-    "use_double_wide_mlp": False,
-}
-EDGE = {
-    **COMMON,
-    "hidden_size_per_layer_input": 4,
-    "layer_types": [LOCAL, LOCAL, GLOBAL] * 3,
-    "num_hidden_layers": 9,
-    "num_kv_shared_layers": 3,
-}
-LARGE = {**COMMON, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
-KINDS: dict[str, dict[str, Any]] = {
-    "e2b": {**EDGE, "num_key_value_heads": 1, "use_double_wide_mlp": True},
-    "e4b": EDGE,
-    "31b": LARGE,
-    "26b_a4b": {
-        **LARGE,
-        "enable_moe_block": True,
-        "num_experts": 4,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 16,
-    },
-}
 
 
 @pytest.fixture(scope="session")
@@ -120,21 +73,6 @@ def preset(tmp_path_factory: pytest.TempPathFactory, small_model: bytes) -> Call
 
 
 def _write_preset(target: Path, config: dict[str, Any], vocabulary: bytes) -> None:
-    import torch
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
     size = sentencepiece.SentencePieceProcessor(model_proto=vocabulary).get_piece_size()
-    config = {**config, "vocab_size": size, "vocab_size_per_layer_input": size}
-    torch.manual_seed(0)
-    model = Gemma4ForCausalLM(Gemma4TextConfig(**config))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(mean=1.0 if weight.ndim == 1 else 0.0, std=0.2 if "embed" not in name else 0.5)
-        for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):
-                buffer.uniform_(0.5, 1.5)
-    model.save_pretrained(target)
-    # The published spelling of the configuration; transformers' own is another.
-    published = {**config, "architectures": ["Gemma4ForCausalLM"], "dtype": "float32"}
-    (target / "config.json").write_text(json.dumps(published), encoding="utf-8")
+    write_hf(target, {**config, "vocab_size": size, "vocab_size_per_layer_input": size})
     (target / "tokenizer.model").write_bytes(vocabulary)
