@@ -17,32 +17,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from itertools import chain, islice
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from keras_gemma_ft.data.dataset import MANIFEST, PackedDataset
 from keras_gemma_ft.data.rows import Problem, Row
 from keras_gemma_ft.data.shards import Recipe, Shard, ShardMaker
+from keras_gemma_ft.data.staging import staging
 from keras_gemma_ft.data.tokenizer import Tokenizer
+from keras_gemma_ft.data.workers import ChunkedWork, Work
 from keras_gemma_ft.errors import UserError
 
 # Raised when the same input would give other rows, or files of another layout.
 _FORMAT = 1
-# About a million tokens of text a chunk, or enough for rows that are longer: the last rows of a chunk are not
-# full, and this keeps them below one in a hundred.
-_CHUNK_CHARACTERS = 4_000_000
-_CHUNK_ROWS = 128
-_CHARACTERS_PER_TOKEN = 4
-_CHUNKS_WORTH_WORKERS = 3  # a process takes half a second to start, a chunk a quarter to encode
 _LISTED_PROBLEMS = 20
 
 Progress = Callable[[Counter[str]], None]
@@ -68,9 +58,7 @@ def prepare(
         recipe: How rows are made.
         sources: Name and hash of everything that the conversations come from; see `hash_files`.
         on_error: Whether a conversation that cannot be trained on stops the work, or is left out and counted.
-        workers: Processes that encode; 1 does all in this one. None: as many as there are CPUs, as soon as
-            the input is large enough to gain from it. Processes are spawned, so a script that asks for them
-            needs `if __name__ == "__main__":`.
+        workers: Processes that encode; see `ChunkedWork`.
         progress: Called after every shard with the counts so far.
 
     Returns:
@@ -88,14 +76,12 @@ def prepare(
     identity = _identity(tokenizer, recipe, sources, on_error)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         return _reopen(directory, identity)
-    chunks = _chunks(conversations, recipe.max_length)
-    first = list(islice(chunks, _CHUNKS_WORTH_WORKERS))
-    workers = _worker_count(workers, len(first))
+    work = ChunkedWork(conversations, recipe.max_length, workers)
     total: Counter[str] = Counter()
     problems: list[Problem] = []
     shards: list[dict[str, Any]] = []
-    with _staging(directory) as place:
-        for shard in _shards(enumerate(chain(first, chunks)), tokenizer, recipe, place, workers):
+    with staging(directory, "the prepared data") as place:
+        for shard in work.results(partial(_start, tokenizer, recipe, place)):
             if shard.problems and on_error == "stop":
                 raise shard.problems[0].error()
             problems += shard.problems[: _LISTED_PROBLEMS - len(problems)]
@@ -205,118 +191,8 @@ def _reopen(directory: Path, identity: dict[str, Any]) -> PackedDataset:
     )
 
 
-def _chunks(conversations: Iterable[Row], max_length: int) -> Iterator[list[Row]]:
-    """Consecutive conversations of about as much text each."""
-    limit = max(_CHUNK_CHARACTERS, _CHUNK_ROWS * max_length * _CHARACTERS_PER_TOKEN)
-    chunk: list[Row] = []
-    characters = 0
-    for conversation in conversations:
-        chunk.append(conversation)
-        if isinstance(conversation, Problem):
-            characters += len(conversation.what)
-        else:
-            contents = (m.get("content") for m in conversation.messages if isinstance(m, dict))
-            characters += sum(len(str(content)) for content in contents)
-        if characters >= limit:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _worker_count(workers: int | None, chunks: int) -> int:
-    """How many processes to use; `chunks` is how many there are, up to what makes processes worth while."""
-    if workers is None:
-        workers = (os.cpu_count() or 1) if chunks == _CHUNKS_WORTH_WORKERS else 1
-    if workers > 1 and multiprocessing.parent_process() is not None:
-        # A spawned process runs the script's top level first: without the guard it comes by here, too.
-        raise UserError(
-            "a worker process started to prepare the data once more",
-            remedy='call it under `if __name__ == "__main__":`, or with workers=1.',
-        )
-    return workers
-
-
-def _shards(
-    numbered: Iterable[tuple[int, list[Row]]],
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    directory: Path,
-    workers: int,
-) -> Iterator[Shard]:
-    """Makes shards, in this process or in others, and gives them in order."""
-    if workers > 1:
-        yield from _in_parallel(numbered, tokenizer, recipe, directory, workers)
-    else:
-        maker = ShardMaker(tokenizer, recipe)
-        for number, chunk in numbered:
-            yield maker.make(chunk, number, directory)
-
-
-def _in_parallel(
-    numbered: Iterable[tuple[int, list[Row]]],
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    directory: Path,
-    workers: int,
-) -> Iterator[Shard]:
-    # Spawned, because forking a process with JAX's threads in it can hang.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.path, recipe, directory),
-    )
-    pending: deque[Future[Shard]] = deque()
-    try:
-        for number, chunk in numbered:
-            pending.append(pool.submit(_work, number, chunk))
-            # One chunk waits for each worker: none idles, and memory stays bounded.
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process of the preparation died",
-            remedy='start it under `if __name__ == "__main__":`, free memory, or use one worker.',
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: tuple[ShardMaker, Path] | None = None
-
-
-def _start_worker(vocabulary: Path, recipe: Recipe, directory: Path) -> None:
-    global _worker
-    _worker = ShardMaker(Tokenizer.from_file(vocabulary), recipe), directory
-
-
-def _work(number: int, chunk: list[Row]) -> Shard:
-    assert _worker is not None, "the pool calls _start_worker first"
-    maker, directory = _worker
-    return maker.make(chunk, number, directory)
-
-
-@contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
-    """A place to write that becomes `directory` when the block succeeds, and goes away when it fails."""
-    place = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    try:
-        place.mkdir(parents=True)
-        yield place
-        if directory.exists():
-            directory.rmdir()  # empty, as was checked
-        place.rename(directory)
-    except OSError as error:
-        raise UserError(
-            f"the prepared data cannot be written ({error.strerror or error})",
-            where=str(directory),
-            remedy="give a directory that can be written and has room.",
-        ) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+def _start(tokenizer: Tokenizer, recipe: Recipe, directory: Path) -> Work[Shard]:
+    return partial(ShardMaker(tokenizer, recipe).make, directory=directory)
 
 
 def _nothing_to_train(counts: Counter[str], problems: Sequence[Problem], recipe: Recipe) -> UserError:

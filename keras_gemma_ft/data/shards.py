@@ -106,7 +106,17 @@ class ShardMaker:
         self, conversations: Sequence[Row], number: int = 0
     ) -> tuple[PackedRows, Counter[str], list[Problem]]:
         """Rows of a chunk in memory, with counts and the conversations that are left out."""
-        encoded, indices, faults = self._encode(conversations)
+        return self.pack(conversations, *self.encode(conversations), number)
+
+    def pack(
+        self,
+        conversations: Sequence[Row],
+        encoded: EncodedBatch,
+        indices: Sequence[int],
+        faults: dict[int, Problem],
+        number: int = 0,
+    ) -> tuple[PackedRows, Counter[str], list[Problem]]:
+        """`rows` of a chunk that was encoded; adds to `faults` what the mask contract finds."""
         shortened = self._truncation.apply(encoded)
         broken = self._contract.broken(shortened.batch, shortened.cut)
         for example in np.flatnonzero(broken >= 0).tolist():
@@ -127,7 +137,7 @@ class ShardMaker:
         )
         return rows, counts, problems
 
-    def _encode(self, conversations: Sequence[Row]) -> tuple[EncodedBatch, list[int], dict[int, Problem]]:
+    def encode(self, conversations: Sequence[Row]) -> tuple[EncodedBatch, list[int], dict[int, Problem]]:
         """What can be laid out, with the indices of the conversations, and what cannot, by index."""
         template = self._recipe.template
         scripts: list[Script] = []

@@ -1,6 +1,5 @@
 """Preparing: what is on disk, reuse and refusal, errors, streams, workers."""
 
-import importlib
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keras_gemma_ft.data import workers
 from keras_gemma_ft.data.dataset import PackedDataset
 from keras_gemma_ft.data.prepare import findings, hash_files, prepare
 from keras_gemma_ft.data.rows import Conversation
@@ -201,9 +201,8 @@ def test_a_dataset_without_a_trained_token_is_an_error(tmp_path, tokenizer, conv
 
 def test_streams_in_chunks_that_no_number_of_workers_changes(tmp_path, tokenizer, conversations, monkeypatch):
     """Larger than a chunk, the input is read as it is needed, and two processes give the same files."""
-    module = importlib.import_module(prepare.__module__)
-    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 1500)
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 0)
+    monkeypatch.setattr(workers, "_CHUNK_CHARACTERS", 1500)
+    monkeypatch.setattr(workers, "_CHUNK_ROWS", 0)
     read = 0
     unread_at_first_shard = []
 
@@ -243,7 +242,7 @@ prepare([Conversation(messages, "a:1")], {str(tmp_path / "data")!r}, tokenizer, 
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     result = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
-    assert "a worker process of the preparation died" in result.stderr
+    assert "a worker process died" in result.stderr
     assert 'under `if __name__ == "__main__":`' in result.stderr
     assert list(tmp_path.iterdir()) == [script]
 
