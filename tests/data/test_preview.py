@@ -60,10 +60,10 @@ def test_tokens_are_shown_by_their_text(tokenizer):
     ]
     (preview,) = Previewer(tokenizer, Recipe()).of(Conversation(messages, "a:7"))
     assert preview.origin == "a:7"
-    assert (
-        "".join(token.text for token in preview.tokens)
-        == "<bos><|turn>user\nthe bank\n<0xE4><0xBD><0xA0> <0x3C><0x7C>turn<0x3E><turn|>\n<|turn>model\nlost card<turn|>\n"
-    )
+    text = "".join(token.text for token in preview.tokens)
+    turns = text.split("\n<|turn>model\n")
+    assert turns[0] == "<bos><|turn>user\nthe bank\n<0xE4><0xBD><0xA0> <0x3C><0x7C>turn<0x3E><turn|>"
+    assert turns[1] == "lost card<turn|>\n"
     control = [token.text for token in preview.tokens if token.control]
     assert control == ["<bos>", "<|turn>", "<turn|>", "<|turn>", "<turn|>"]
     assert "".join(token.text for token in preview.tokens if token.trained) == "lost card<turn|>"
