@@ -24,6 +24,7 @@ from keras_gemma_ft.ops import moe, quantize
 from keras_gemma_ft.ops.attention import attention
 from keras_gemma_ft.ops.attention_mask import RESIDUALS
 from keras_gemma_ft.ops.dropout import dropout, fold
+from keras_gemma_ft.ops.grouped_matmul import Implementation
 from keras_gemma_ft.ops.quantize import QuantizedTensor
 
 Matrix: TypeAlias = jax.Array | QuantizedTensor
@@ -34,8 +35,8 @@ Adapters: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
 KV: TypeAlias = tuple[jax.Array, jax.Array]
 Attend: TypeAlias = Callable[[LayerKind, jax.Array, KV | None, KV | None, Any], tuple[jax.Array, KV, Any]]
 """How a layer attends. It is given its kind, q [B, T, H, W], its own k and v [B, T, K, W] (None if it shares
-them), those that KV-shared layers use, and its cache; it gives the output [B, T, H, W], k and v for layers that
-share them, and the new cache."""
+them), those that KV-shared layers use, and its cache; it gives the output [B, T, H, W], k and v for layers
+that share them, and the new cache."""
 
 Remat = Literal["full", "attention", "matmuls", "none", "offload"]
 # What the backward pass finds ready-made besides each layer's input; all else it computes again.
@@ -56,6 +57,7 @@ class Settings:
         lora_scale: alpha / rank.
         lora_dropout: Share of an adapter's inputs dropped where a key is given.
         implementation: Rung of the attention ladder; None: the platform's first.
+        experts: Rung of the ladder of grouped products, or "auto".
     """
 
     dtype: Any = jnp.bfloat16
@@ -65,6 +67,7 @@ class Settings:
     lora_scale: float = 1.0
     lora_dropout: float = 0.0
     implementation: str | None = None
+    experts: Implementation = "auto"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,20 @@ def hidden_states(
     Returns:
         [B, T, D] in the dtype of activations.
     """
+    return decode(
+        params,
+        config,
+        token_ids,
+        positions,
+        attend_within(segment_ids, settings),
+        settings=settings,
+        adapters=adapters,
+        dropout_key=dropout_key,
+    )[0]
+
+
+def attend_within(segment_ids: jax.Array, settings: Settings) -> Attend:
+    """Attention of whole rows to themselves, segment by segment, without a cache."""
 
     def attend(
         kind: LayerKind, q: jax.Array, new: KV | None, shared: KV | None, cache: None
@@ -120,16 +137,7 @@ def hidden_states(
         )
         return out, kv, None
 
-    return decode(
-        params,
-        config,
-        token_ids,
-        positions,
-        attend,
-        settings=settings,
-        adapters=adapters,
-        dropout_key=dropout_key,
-    )[0]
+    return attend
 
 
 def decode(
@@ -159,11 +167,7 @@ def decode(
     shared: dict[str, KV] = {}
     caches: dict[str, Any] = {}
     for stage in config.stages:
-        layers = {}
-        for span in _spans(stage):
-            kind = config.kind(stage.name, span)
-            cos, sin = rope(positions, kind)
-            layers[span] = _Layer(config, settings, kind, cos, sin, attend, dropout_key)
+        layers = _layers(stage, config, settings, positions, attend, dropout_key)
         x, shared, new = _run_stage(stage, layers, params, adapters or {}, cache or {}, per_layer, x, shared)
         caches |= new
     return rms_norm(x, params["norm"], config.rms_norm_eps), caches
@@ -219,6 +223,22 @@ def rope(positions: jax.Array, kind: LayerKind) -> tuple[jax.Array, jax.Array]:
 
 def _spans(stage: Stage) -> tuple[str, ...]:
     return ("local", "global") if stage.locals_per_group else ("global",)
+
+
+def _layers(
+    stage: Stage,
+    config: Gemma4Config,
+    settings: Settings,
+    positions: jax.Array,
+    attend: Attend,
+    dropout_key: jax.Array | None = None,
+) -> dict[str, _Layer]:
+    """What the layers of each span of a stage have in common."""
+    layers = {}
+    for span in _spans(stage):
+        kind = config.kind(stage.name, span)
+        layers[span] = _Layer(config, settings, kind, *rope(positions, kind), attend, dropout_key)
+    return layers
 
 
 def _run_stage(
@@ -333,7 +353,7 @@ def _decoder_layer(
     fed = _feed_forward(project, norm(x, "pre_feedforward_layernorm"))
     if config.num_experts:
         fed = norm(fed, "post_feedforward_layernorm_1") + norm(
-            _experts(config, w, x, norm(x, "pre_feedforward_layernorm_2")), "post_feedforward_layernorm_2"
+            _experts(layer, w, x, norm(x, "pre_feedforward_layernorm_2")), "post_feedforward_layernorm_2"
         )
     x = x + norm(fed, "post_feedforward_layernorm")
 
@@ -441,8 +461,9 @@ def _gelu_product(gate: jax.Array, up: jax.Array) -> jax.Array:
     return product.astype(gate.dtype)
 
 
-def _experts(config: Gemma4Config, w: Mapping[str, Any], x: jax.Array, normed: jax.Array) -> jax.Array:
+def _experts(layer: _Layer, w: Mapping[str, Any], x: jax.Array, normed: jax.Array) -> jax.Array:
     """The mixture of experts: routed by the layer's hidden state, fed by its norm."""
+    config = layer.config
     flat = x.reshape(-1, x.shape[-1])
     indices, shares = moe.route(
         flat,
@@ -452,7 +473,14 @@ def _experts(config: Gemma4Config, w: Mapping[str, Any], x: jax.Array, normed: j
         config.top_k_experts,
         config.rms_norm_eps,
     )
-    out = moe.expert_ffn(normed.reshape(flat.shape), indices, shares, w["experts_gate_up"], w["experts_down"])
+    out = moe.expert_ffn(
+        normed.reshape(flat.shape),
+        indices,
+        shares,
+        w["experts_gate_up"],
+        w["experts_down"],
+        implementation=layer.settings.experts,
+    )
     return out.reshape(x.shape)
 
 

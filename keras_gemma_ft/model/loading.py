@@ -1,0 +1,289 @@
+"""Weights on their way into a model: from where they lie, tensor by tensor, quantized as they pass.
+
+A `Source` gives one layer's weight at a time. `load` stacks them; what is to be quantized is quantized layer
+by layer on the device, so that no unquantized stack of it ever exists.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.model.config import Gemma4Config
+from keras_gemma_ft.model.weights import Weight, table
+from keras_gemma_ft.ops.quantize import Kind, QuantizedTensor, quantize, quantize_pieces
+
+Quantization = Mapping[str, Kind]
+"""What is quantized, and how: `weights`, `embedding`, `per_layer_embedding` → "nf4" or "int8"."""
+
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
+# Weights of a whole Gemma 4 that a text decoder does without: the towers, and the tied head.
+_IGNORED = re.compile(
+    r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.|lm_head\."
+)
+_SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+_PIECE = 256 * 2**20  # bytes of an embedding table that are unquantized at a time
+
+
+class Source(Protocol):
+    """Where a decoder's weights lie.
+
+    Attributes:
+        config: Of the decoder.
+        dtype: What the weights are stored in, such as "bfloat16".
+        ignored: Names of weights that lie there and that a text decoder does without.
+    """
+
+    config: Gemma4Config
+    dtype: str
+    ignored: tuple[str, ...]
+
+    def part(self, weight: Weight, index: tuple[int, ...]) -> Any:
+        """One layer's weight in Hugging Face's orientation, `weight.shape`; the whole one for `index` ()."""
+
+
+class HFSource:
+    """A Hugging Face directory: config.json and model.safetensors, or shards with an index.
+
+    Args:
+        directory: Of whole Gemma 4 models or of text decoders alone.
+
+    Raises:
+        UserError: A file or a weight is missing, misshapen, or not of this decoder.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self.config = Gemma4Config.from_hf(_read_json(self._directory / "config.json"))
+        self._files = [_Safetensors(path) for path in self._weight_files()]
+        self._where = {name: file for file in self._files for name in file.names}
+        self._prefix = self._find_prefix()
+        self.ignored = self._check()
+        self.dtype = self._where[f"{self._prefix}embed_tokens.weight"].dtype(
+            f"{self._prefix}embed_tokens.weight"
+        )
+
+    def part(self, weight: Weight, index: tuple[int, ...]) -> np.ndarray:
+        name = self._prefix + dict(weight.hf_names())[index]
+        return self._where[name].read(name).reshape(weight.shape)
+
+    def _weight_files(self) -> list[Path]:
+        index = self._directory / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        return [self._directory / name for name in names]
+
+    def _find_prefix(self) -> str:
+        for prefix in _PREFIXES:
+            if f"{prefix}embed_tokens.weight" in self._where:
+                return prefix
+        raise UserError(
+            "holds no weight embed_tokens.weight of a text decoder",
+            where=str(self._directory),
+            remedy="give the directory of a Gemma 4 checkpoint as it was published.",
+        )
+
+    def _check(self) -> tuple[str, ...]:
+        """Every weight of the decoder is there in its shape, and nothing else but what may be ignored."""
+        wanted = {}
+        for weight in table(self.config).values():
+            for _, name in weight.hf_names():
+                wanted[self._prefix + name] = weight.shape
+        for name, shape in wanted.items():
+            if name not in self._where:
+                raise UserError(
+                    f"the weight {name} is missing",
+                    where=str(self._directory),
+                    remedy="download the checkpoint again; config.json must be the one that belongs to it.",
+                )
+            stored = self._where[name].shape(name)
+            # A layer's scalar is stored as [1] or as [].
+            if math.prod(stored) != math.prod(shape) or (len(shape) > 1 and stored != shape):
+                raise UserError(
+                    f"the weight {name} has shape {list(stored)}, where config.json asks for {list(shape)}",
+                    where=str(self._directory),
+                    remedy="use the config.json that belongs to the weights.",
+                )
+        rest = sorted(self._where.keys() - wanted.keys())
+        first_shared = self.config.num_hidden_layers - self.config.num_kv_shared_layers
+        for name in rest:
+            shared = _SHARED_KV.match(name.removeprefix(self._prefix))
+            if not _IGNORED.match(name) and not (shared and int(shared[1]) >= first_shared):
+                raise UserError(
+                    f"the weight {name} belongs to no part of this decoder",
+                    where=str(self._directory),
+                    remedy="use the config.json that belongs to the weights; merge adapters before.",
+                )
+        return tuple(rest)
+
+
+class _Safetensors:
+    """One file, memory-mapped. The library itself has no bfloat16 for numpy."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            self._data = np.memmap(path, np.uint8, "r", offset=8 + size)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the weights cannot be read ({getattr(error, 'strerror', None) or 'no safetensors file'})",
+                where=str(path),
+                remedy="give a directory with model.safetensors, or with all shards of its index.",
+            ) from error
+        header.pop("__metadata__", None)
+        self._header = header
+        self.names = list(header)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._header[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        return str(self._dtype(name))
+
+    def read(self, name: str) -> np.ndarray:
+        start, end = self._header[name]["data_offsets"]
+        return self._data[start:end].view(self._dtype(name)).reshape(self.shape(name))
+
+    def _dtype(self, name: str) -> np.dtype:
+        stored = self._header[name]["dtype"]
+        if stored not in _DTYPES:
+            raise UserError(
+                f"the weight {name} is stored as {stored}",
+                where="model.safetensors",
+                remedy=f"use a checkpoint in {', '.join(_DTYPES)}.",
+            )
+        return _DTYPES[stored]
+
+
+class RandomSource:
+    """Random weights, made on the device: matrices from N(0, 0.02²), norms and scalars 1.
+
+    Args:
+        config: Of the decoder.
+        seed: With the weight's name it determines the values.
+    """
+
+    def __init__(self, config: Gemma4Config, seed: int = 0, dtype: str = "bfloat16") -> None:
+        self.config = config
+        self.dtype = dtype
+        self.ignored: tuple[str, ...] = ()
+        self._key = jax.random.key(seed)
+        self._places = {name: place for place, name in enumerate(table(config))}
+
+    def part(self, weight: Weight, index: tuple[int, ...]) -> jax.Array:
+        if weight.use == "small" and weight.role != "router_proj":
+            return jnp.ones(weight.shape, self.dtype)
+        place = int(np.ravel_multi_index(index, weight.layers.shape)) if index else 0
+        key = jax.random.fold_in(jax.random.fold_in(self._key, self._places[weight.name]), place)
+        return _normal(key, weight.shape, self.dtype)
+
+
+@jax.jit(static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def open_source(directory: str | Path) -> Source:
+    """The weights of a preset's directory, Hugging Face's or KerasHub's.
+
+    Raises:
+        UserError: It holds neither, or its files are faulty.
+    """
+    directory = Path(directory)
+    if "registered_name" in _read_json(directory / "config.json"):
+        from keras_gemma_ft.model.keras_hub import KerasHubSource
+
+        return KerasHubSource(directory)
+    return HFSource(directory)
+
+
+def load(
+    source: Source, dtype: str, quantization: Quantization | None = None
+) -> Iterator[tuple[str, jax.Array | QuantizedTensor]]:
+    """All weights by name, stacked, on the default device, one after the other.
+
+    Args:
+        source: Where they come from.
+        dtype: Of what is not quantized.
+        quantization: See `Quantization`; None: nothing is.
+    """
+    for weight in table(source.config).values():
+        yield weight.name, _load_one(source, weight, dtype, kind_of(weight, quantization))
+
+
+def kind_of(weight: Weight, quantization: Quantization | None) -> Kind | None:
+    """How a weight is quantized; None: it is not."""
+    if not quantization or weight.use == "small":
+        return None
+    if weight.use == "embedding":
+        setting = "embedding" if weight.name == "embed_tokens" else "per_layer_embedding"
+        return quantization.get(setting)
+    return quantization.get("weights")
+
+
+def _load_one(source: Source, weight: Weight, dtype: str, kind: Kind | None) -> jax.Array | QuantizedTensor:
+    indices = list(np.ndindex(weight.layers.shape)) if weight.in_layers else [()]
+    if kind is None:
+        return _stacked(source, weight, indices, dtype)
+    if weight.use == "embedding":
+        return quantize_pieces(_pieces(source.part(weight, ())), kind)
+    parts = [_quantize(jnp.asarray(source.part(weight, index)), kind) for index in indices]
+    if not weight.in_layers:
+        return parts[0]
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves).reshape(*weight.layers.shape, *leaves[0].shape), *parts
+    )
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
+
+
+def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dtype: str) -> jax.Array:
+    first = source.part(weight, indices[0])
+    if isinstance(first, jax.Array):
+        if not weight.in_layers:
+            return first.astype(dtype)
+        out = jnp.zeros((len(indices), *weight.shape), dtype)
+        for place, index in enumerate(indices):
+            out = _put(out, source.part(weight, index), place)
+        return out.reshape(weight.stacked_shape)
+    stacked = np.empty(weight.stacked_shape, jnp.dtype(dtype))
+    for index in indices:
+        stacked[index] = source.part(weight, index)
+    return jnp.asarray(stacked)
+
+
+@jax.jit(donate_argnums=0)
+def _put(out: jax.Array, part: jax.Array, place: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(out, part.astype(out.dtype), place, 0)
+
+
+def _pieces(matrix: Any) -> Iterable[Any]:
+    rows = max(64, _PIECE // (matrix.shape[1] * matrix.dtype.itemsize) // 64 * 64)
+    return (matrix[start : start + rows] for start in range(0, matrix.shape[0], rows))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot be read: {getattr(error, 'strerror', None) or error}",
+            where=str(path),
+            remedy="give the directory of a Gemma 4 checkpoint, complete.",
+        ) from error
