@@ -52,6 +52,14 @@ BELOW_ONE = math.nextafter(1.0, 0.0)
 QUANTIZED = ("nf4", "int8")
 TASKS = ("auto", "classification", "extraction", "numeric", "instructions", "generation", "perplexity")
 
+# Rows that the fine-tuning guide recommends, by purpose: from, to.
+DATASET_SIZES: Mapping[str, tuple[int, int]] = {
+    "task-specific": (500, 5_000),
+    "domain adaptation": (10_000, 50_000),
+    "style": (200, 1_000),
+    "instruction tuning": (5_000, 20_000),
+}
+
 FIELDS: tuple[Field, ...] = (
     Field(
         "preset",
@@ -203,6 +211,32 @@ FIELDS: tuple[Field, ...] = (
         low=0.001,
         high=0.5,
         recommended="0.1 to 0.2",
+    ),
+    Field(
+        "clean.dedupe",
+        "near",
+        "which copies `data clean` drops: none, those that repeat question and answer, or near ones too",
+        choices=("off", "exact", "near"),
+    ),
+    Field(
+        "clean.similarity",
+        0.8,
+        "how alike questions are near duplicates: Jaccard similarity of their stretches of 5 characters",
+        low=0.5,
+        high=1.0,
+        recommended="0.7 to 0.9",
+    ),
+    Field(
+        "clean.normalize",
+        True,
+        "whether `data clean` writes Unicode in its composed form (NFC), and plain spaces and line ends",
+    ),
+    Field(
+        "clean.balance",
+        "off",
+        "what `data clean` does about classes of unequal size: drop rows until all are as small as the "
+        "smallest, or give every row a `weight`",
+        choices=("off", "down_sample", "weights"),
     ),
     Field(
         "train.learning_rate",

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keras_gemma_ft.config import DATASET_SIZES
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -33,7 +35,7 @@ class Settings:
         warmup_ratio: Share of the steps over which the learning rate rises.
         rows: Training rows.
         steps_per_epoch: Updates per epoch.
-        purpose: A key of `SIZES`.
+        purpose: A key of `keras_gemma_ft.config.DATASET_SIZES`.
     """
 
     method: str = "lora"
@@ -106,13 +108,6 @@ GUIDE: Mapping[str, Range] = {
         0.05, 0.1, "the first updates are large", "much of the run passes at a low learning rate"
     ),
 }
-# The guide's table of dataset sizes, rows by purpose.
-SIZES: Mapping[str, tuple[int, int]] = {
-    "task-specific": (500, 5_000),
-    "domain adaptation": (10_000, 50_000),
-    "style": (200, 1_000),
-    "instruction tuning": (5_000, 20_000),
-}
 
 
 def before_training(settings: Settings) -> list[Advice]:
@@ -142,7 +137,7 @@ def before_training(settings: Settings) -> list[Advice]:
 def _dataset_size(settings: Settings) -> list[Advice]:
     if settings.rows is None:
         return []
-    low, high = SIZES[settings.purpose]
+    low, high = DATASET_SIZES[settings.purpose]
     wanted = f"the {low:,} to {high:,} recommended for {settings.purpose} tuning"
     if settings.rows < low:
         return [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from keras_gemma_ft.train.advice import GUIDE, SIZES, Settings, number
+from keras_gemma_ft.config import DATASET_SIZES
+from keras_gemma_ft.train.advice import GUIDE, Settings, number
 
 
 def remedies(kind: str, settings: Settings, *, best_step: int | None = None, step: int = 0) -> list[str]:
@@ -54,7 +55,7 @@ def _against_overfitting(settings: Settings) -> list[str]:
     if adapter and settings.dropout is not None and settings.dropout < 0.2:
         more = min(0.2, max(0.1, 2 * settings.dropout))
         texts.append(f"Raise lora.dropout from {number(settings.dropout)} to {number(more)}.")
-    low, high = SIZES[settings.purpose]
+    low, high = DATASET_SIZES[settings.purpose]
     rows = "" if settings.rows is None else f": it has {settings.rows:,} rows"
     recommended = f"; {low:,} to {high:,} are recommended" if (settings.rows or 0) < low else ""
     texts.append(f"Add more diverse data to the training set{rows}{recommended}.")
