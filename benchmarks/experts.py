@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from keras_gemma_ft.ops import moe, nf4
 from keras_gemma_ft.ops import pallas_grouped_matmul as kernels
-from keras_gemma_ft.ops.grouped_matmul import rung
+from keras_gemma_ft.ops.grouped_matmul import RUNGS
 from keras_gemma_ft.ops.quantize import QuantizedTensor, dequantize, quantize
 
 EXPERTS, TOP_K, TOKENS, HIDDEN, WIDTH = 128, 8, 8192, 2816, 704
@@ -131,7 +131,7 @@ def routed_sizes(concentration: float) -> jax.Array:
 
 def parity() -> None:
     sizes = routed_sizes(0.2)
-    loop = jax.jit(rung("tiled").product, static_argnums=3)
+    loop = jax.jit(RUNGS["tiled"].product, static_argnums=3)
     for problem in PROBLEMS:
         x, w = problem.operands()
         expected = loop(x, w, sizes, problem.transposed)
@@ -140,7 +140,7 @@ def parity() -> None:
                relative_error=error, ok=error < 3e-3)  # fmt: skip
     x, dy = normal(5, (ROWS, HIDDEN)), normal(6, (ROWS, 16))
     for left, right, name in ((x, dy, "dA transposed"), (dy, x, "dA")):
-        expected = jax.jit(rung("tiled").weight_gradient)(left, right, sizes)
+        expected = jax.jit(RUNGS["tiled"].weight_gradient)(left, right, sizes)
         gradient = jax.jit(kernels.weight_gradient)
         error = relative_error(gradient(left, right, sizes), expected)
         report("parity", product=f"weight gradient, {name}", relative_error=error, ok=error < 3e-3,

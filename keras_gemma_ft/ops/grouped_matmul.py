@@ -12,9 +12,10 @@ K]. `grouped_matmul` multiplies every row by its own group's matrix only. Four r
 A rung that cannot serve a call raises NotImplementedError with the reason.
 """
 
+import logging
 from collections.abc import Callable
-from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ def grouped_matmul(
         lhs: [M, K], rows sorted by group.
         rhs: [E, N, K], an array of lhs's dtype or a QuantizedTensor.
         group_sizes: int32 [E]; their sum must be M.
-        implementation: A rung, or "auto": "pallas" on GPU, "ragged" on TPU, "tiled" elsewhere.
+        implementation: A rung, or "auto": "pallas" on GPU, "ragged" on TPU, and "tiled" elsewhere or where
+            those decline.
 
     Returns:
         [M, N] in lhs's dtype, accumulated in float32.
@@ -55,11 +57,11 @@ def _grouped_matmul(
 ) -> jax.Array:
     if isinstance(rhs, QuantizedTensor):
         lhs, rhs = jax.lax.optimization_barrier((lhs, rhs))
-    return rung(implementation).product(lhs, _dense(rhs, lhs.dtype), group_sizes, False)
+    return _first_willing(implementation, "product", lhs, _dense(rhs, lhs.dtype), group_sizes, False)
 
 
 def _forward(implementation, lhs, rhs, group_sizes):
-    train_rhs = any(leaf.perturbed for leaf in jax.tree.leaves(rhs, is_leaf=_is_primal))
+    train_rhs = not isinstance(rhs, QuantizedTensor) and rhs.perturbed
     lhs, rhs, group_sizes = jax.tree.map(lambda leaf: leaf.value, (lhs, rhs, group_sizes), is_leaf=_is_primal)
     out = _grouped_matmul(implementation, lhs, rhs, group_sizes)
     return out, (lhs if train_rhs else None, rhs, group_sizes)
@@ -71,10 +73,11 @@ def _backward(implementation, residuals, d_out):
         return None, None, None
     if isinstance(rhs, QuantizedTensor):
         d_out, rhs = jax.lax.optimization_barrier((d_out, rhs))
-    implemented = rung(implementation)
-    d_lhs = implemented.product(d_out, _dense(rhs, d_out.dtype), group_sizes, True)
-    d_rhs = None if lhs is None else implemented.weight_gradient(lhs, d_out, group_sizes).astype(rhs.dtype)
-    return d_lhs, d_rhs, None
+    d_lhs = _first_willing(implementation, "product", d_out, _dense(rhs, d_out.dtype), group_sizes, True)
+    if lhs is None:
+        return d_lhs, None, None
+    d_rhs = _first_willing(implementation, "weight_gradient", lhs, d_out, group_sizes)
+    return d_lhs, d_rhs.astype(rhs.dtype), None
 
 
 def _is_primal(leaf: object) -> bool:
@@ -103,20 +106,30 @@ class Rung(NamedTuple):
     weight_gradient: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def rung(implementation: Implementation) -> Rung:
-    """The rung of that name; "auto" chooses by the default backend.
-
-    Raises:
-        ValueError: No rung of that name.
-    """
+def _first_willing(implementation: Implementation, part: str, *arguments: Any) -> jax.Array:
+    """Runs `part` of the first rung that does not decline: the one asked for, or the platform's in order."""
     if implementation == "auto":
-        platform = jax.default_backend()
-        implementation = {"gpu": "pallas", "tpu": "ragged"}.get(platform, "tiled")  # type: ignore[assignment]
-    if implementation not in _RUNGS:
-        raise ValueError(
-            f"grouped_matmul implementation must be one of {', '.join(_RUNGS)}, got {implementation!r}"
-        )
-    return _RUNGS[implementation]
+        order = _ORDER.get(jax.default_backend(), ("tiled",))
+    elif implementation in RUNGS:
+        order = (implementation,)
+    else:
+        raise ValueError(f"implementation must be auto or one of {', '.join(RUNGS)}, got {implementation!r}")
+    declined: list[str] = []
+    for name in order:
+        try:
+            result = getattr(RUNGS[name], part)(*arguments)
+        except NotImplementedError as reason:
+            declined.append(f"{name} declines: {reason}")
+            continue
+        _log_choice(name, *declined)
+        return result
+    raise NotImplementedError("; ".join(declined))
+
+
+@cache
+def _log_choice(*choice: str) -> None:
+    """Logs each choice once a process."""
+    logging.getLogger(__name__).info("grouped_matmul runs on %s", "; ".join(choice))
 
 
 def _one_hot_rows(group_sizes: jax.Array, rows: int, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -189,7 +202,7 @@ def _ragged_weight_gradient(lhs: jax.Array, d_out: jax.Array, group_sizes: jax.A
     return jax.lax.ragged_dot_general(d_out, lhs, group_sizes, dimensions, preferred_element_type=jnp.float32)
 
 
-_RUNGS: dict[str, Rung] = {
+RUNGS: dict[str, Rung] = {
     "reference": Rung(_reference, _reference_weight_gradient),
     "tiled": Rung(_tiled, _tiled_weight_gradient),
     "ragged": Rung(_ragged, _ragged_weight_gradient),
@@ -199,3 +212,4 @@ _RUNGS: dict[str, Rung] = {
         partial(pallas_grouped_matmul.weight_gradient, interpret=True),
     ),
 }
+_ORDER = {"gpu": ("pallas", "tiled"), "tpu": ("ragged", "tiled")}

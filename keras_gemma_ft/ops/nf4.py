@@ -143,7 +143,11 @@ def reciprocal(magnitude: jax.Array) -> jax.Array:
 
 
 def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Correctly rounded quotient of positive, normal float32 (IEEE), by long division of the mantissas."""
+    """Correctly rounded quotient of positive, normal float32 (IEEE), by long division of the mantissas.
+
+    A quotient below the smallest normal float32, and that of 0 and a denominator of at least 1, is 0; one
+    above the largest is infinite.
+    """
     numerator, denominator = jnp.broadcast_arrays(numerator, denominator)
 
     def parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -160,9 +164,10 @@ def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
         quotient = (quotient << bits) | (remainder // low)
         remainder %= low
     quotient += (2 * remainder > low).astype(jnp.uint32)  # a quotient of two float32 is never a tie
-    exponent = high_exponent - low_exponent - smaller + 127 - 23
-    power = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
-    return quotient.astype(jnp.float32) * power
+    exponent = high_exponent - low_exponent - smaller + 127
+    mantissa = quotient.astype(jnp.int32) - (1 << 23)
+    value = jax.lax.bitcast_convert_type((exponent << 23) + mantissa, jnp.float32)
+    return jnp.where(exponent < 1, jnp.float32(0), jnp.where(exponent > 254, jnp.float32(np.inf), value))
 
 
 def _sum_like_torch(values: jax.Array) -> jax.Array:
@@ -247,11 +252,19 @@ def dequantize_rows(
 ) -> jax.Array:
     """Rows `ids` [...] of one matrix of codes [out, in/2] as weights [..., in]; reads those rows only."""
     columns = 2 * codes.shape[-1]
-    run = int(np.gcd(columns, BLOCK))  # the longest run of columns that never crosses a block's border
-    runs = columns // run  # counted in runs, not in weights: a table may hold more than 2^31 of these
-    block = (ids[..., None] * runs + np.arange(runs, dtype=np.int32)) // (BLOCK // run)
+    block = _blocks_of_rows(ids, columns)
     scales = absmax[block]
     if nested is not None and offset is not None:
         scales = _scale(scales, nested[block // NESTED_BLOCK], offset)
     values = _levels(codes[ids]).reshape(*block.shape, -1) * scales[..., None]
     return values.astype(dtype).reshape(*ids.shape, columns)
+
+
+def _blocks_of_rows(ids: jax.Array, columns: int) -> jax.Array:
+    """The blocks that rows `ids` [...] of a flattened matrix run through, [..., runs].
+
+    One for each run, the longest stretch of columns that never crosses a block's border.
+    """
+    run = int(np.gcd(columns, BLOCK))
+    runs = columns // run  # counted in runs, not in weights: a table may hold more than 2^31 of these
+    return (ids[..., None] * runs + np.arange(runs, dtype=np.int32)) // (BLOCK // run)

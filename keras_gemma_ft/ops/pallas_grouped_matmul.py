@@ -14,7 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # deprecated in jax 0.12; without it this rung declines
+    plgpu = None  # type: ignore[assignment]
 
 
 class TileMap(NamedTuple):
@@ -80,7 +84,7 @@ def product(
     """lhs [M, K] times its groups' matrices, rhs [E, N, K], to [M, N]; transposed: lhs [M, N] to [M, K].
 
     Raises:
-        NotImplementedError: No NVIDIA GPU, or operands that are not 16-bit floats.
+        NotImplementedError: Operands that are not 16-bit floats, or a JAX without Pallas-Triton.
     """
     _decline(lhs, rhs, interpret)
     tiling = tiling or _tiling(lhs.shape[1], rhs.shape[2 if transposed else 1])
@@ -157,7 +161,7 @@ def weight_gradient(
     """The gradient of the groups' matrices, float32 [E, N, K], from lhs [M, K] and d_out [M, N].
 
     Raises:
-        NotImplementedError: No NVIDIA GPU, or operands that are not 16-bit floats.
+        NotImplementedError: Operands that are not 16-bit floats, or a JAX without Pallas-Triton.
     """
     _decline(lhs, d_out, interpret)
     height, width = d_out.shape[1], lhs.shape[1]
@@ -210,6 +214,8 @@ def _dot(x, y, x_axis, y_axis):
 
 
 def _decline(lhs: jax.Array, rhs: jax.Array, interpret: bool) -> None:
+    if plgpu is None:
+        raise NotImplementedError("this JAX has no Triton backend for Pallas")
     if interpret:
         return
     if lhs.dtype not in (jnp.bfloat16, jnp.float16) or rhs.dtype != lhs.dtype:

@@ -10,6 +10,7 @@ each time where the product needs it.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import jax
@@ -59,11 +60,12 @@ class QuantizedTensor:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
+@partial(jax.jit, static_argnames=("kind", "double"))
 def quantize(weight: jax.typing.ArrayLike, kind: Kind = "nf4", double: bool = True) -> QuantizedTensor:
     """Quantizes weights [..., out, in] (float32, bfloat16 or float16), each matrix by itself.
 
-    Traceable, and the bits do not depend on the device: give it a host array under `jax.default_device(cpu)`
-    to quantize on the host, or call it inside `jax.jit` on the accelerator.
+    The bits do not depend on the device: give it a host array under `jax.default_device(cpu)` to quantize on
+    the host.
 
     Args:
         weight: [..., out, in]. NF4 needs `in` even and `out · in` divisible by 64 (see
@@ -82,9 +84,10 @@ def quantize(weight: jax.typing.ArrayLike, kind: Kind = "nf4", double: bool = Tr
     if kind != "nf4":
         raise ValueError(f"quantization kind must be 'nf4' or 'int8', got {kind!r}")
     codes, absmax = nf4.quantize_blocks(weight)
-    if not double:
-        return QuantizedTensor(codes, absmax, None, None, "nf4")
-    return QuantizedTensor(codes, *nf4.quantize_absmax(absmax), "nf4")
+    nested, offset = None, None
+    if double:
+        absmax, nested, offset = nf4.quantize_absmax(absmax)
+    return QuantizedTensor(codes, absmax, nested, offset, "nf4")
 
 
 def quantize_pieces(
@@ -102,11 +105,12 @@ def quantize_pieces(
     Raises:
         ValueError: As for `quantize`.
     """
-    single = [jax.jit(quantize, static_argnums=(1, 2))(piece, kind, False) for piece in pieces]
+    single = [quantize(piece, kind, double=False) for piece in pieces]
     tensor: QuantizedTensor = jax.tree.map(lambda *parts: jnp.concatenate(parts), *single)
     if kind == "int8" or not double:
         return tensor
-    return QuantizedTensor(tensor.codes, *jax.jit(nf4.quantize_absmax)(tensor.absmax), kind="nf4")
+    absmax, nested, offset = jax.jit(nf4.quantize_absmax)(tensor.absmax)
+    return QuantizedTensor(tensor.codes, absmax, nested, offset, "nf4")
 
 
 def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
