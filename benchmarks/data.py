@@ -24,7 +24,6 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from keras_gemma_ft.data.files import hash_files
 from keras_gemma_ft.data.packing import best_fit
-from keras_gemma_ft.data.prepare import hash_files, prepare
-from keras_gemma_ft.data.rows import Conversation
+from keras_gemma_ft.data.prepare import prepare
+from keras_gemma_ft.data.readers import read
 from keras_gemma_ft.data.shards import Recipe
 from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.export.chat_template import chat_template
@@ -75,21 +75,15 @@ def main() -> None:
 def ours(source: Path, vocabulary: Path, folder: Path, workers: int) -> dict[str, Any]:
     start = time.perf_counter()
     dataset = prepare(
-        read(source),
+        read(str(source)),
         folder / "ours",
         Tokenizer.from_file(vocabulary),
         Recipe(max_length=LENGTH),
-        hash_files([source]),
+        hash_files([str(source)]),
         workers=workers,
     )
     counts = dataset.manifest["counts"]
     return report(time.perf_counter() - start, counts["tokens"], counts["trained_tokens"], len(dataset))
-
-
-def read(source: Path) -> Iterator[Conversation]:
-    with source.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            yield Conversation(json.loads(line)["messages"], f"{source.name}:{number}")
 
 
 def huggingface(source: Path, vocabulary: Path, folder: Path, workers: int) -> dict[str, Any]:

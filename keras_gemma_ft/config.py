@@ -138,11 +138,30 @@ FIELDS: tuple[Field, ...] = (
         choices=QUANTIZED,
         none="`precision`",
     ),
-    Field("data.train", "", "training files: paths or patterns (data/*.jsonl.gz), several with commas"),
+    Field(
+        "data.train",
+        "",
+        "training data: files (data/*.jsonl.gz, gs://…), tfds:NAME/CONFIG:VERSION#SPLIT or "
+        "hf:ORG/NAME:CONFIG#SPLIT, several with commas",
+    ),
+    Field(
+        "data.weights",
+        None,
+        "how often an epoch has the rows of each name in `data.train`, with commas: 2,0.5",
+        kind=str,
+        none="all once",
+    ),
+    Field(
+        "data.data_dir",
+        None,
+        "directory of TensorFlow datasets",
+        kind=str,
+        none="$TFDS_DATA_DIR, or else ~/tensorflow_datasets",
+    ),
     Field(
         "data.eval",
         None,
-        "held-out files",
+        "held-out data, named as in `data.train`",
         kind=str,
         none="`data.eval_fraction` of the training rows is held out",
     ),

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,12 +22,13 @@ Record = tuple[str, dict[str, Any] | UserError]
 
 LONGEST_ROW = 8 << 20  # bytes; some two million tokens, which no training example has
 _BLOCK = 1 << 20  # characters read at once
+_BATCH_ROWS = 256  # of Parquet
 _BOM = b"\xef\xbb\xbf"
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as `surrogateescape` gives them
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def json_lines(path: str) -> Iterator[Record]:
+def json_lines(path: str) -> Generator[Record, None, None]:
     """One JSON object a line. Empty lines at the end of the file are passed over."""
     with open_bytes(path) as file:
         read = 0  # lines before this one, but for empty ones
@@ -41,7 +42,7 @@ def json_lines(path: str) -> Iterator[Record]:
                 read = number
 
 
-def delimited(path: str, tab: bool = False) -> Iterator[Record]:
+def delimited(path: str, tab: bool = False) -> Generator[Record, None, None]:
     """CSV or TSV with a header; a row's place is the line on which it starts.
 
     Raises:
@@ -82,7 +83,7 @@ def delimited(path: str, tab: bool = False) -> Iterator[Record]:
             yield f"{path}:{place}", _cells(columns, cells)
 
 
-def json_array(path: str) -> Iterator[Record]:
+def json_array(path: str) -> Generator[Record, None, None]:
     """The objects of a JSON array; a row's place is the line on which it starts, and its number.
 
     Raises:
@@ -112,7 +113,7 @@ def json_array(path: str) -> Iterator[Record]:
             yield origin, value if isinstance(value, UserError) else _checked(value)
 
 
-def parquet(path: str) -> Iterator[Record]:
+def parquet(path: str) -> Generator[Record, None, None]:
     """The rows of a Parquet file, batch by batch.
 
     Raises:
@@ -124,17 +125,10 @@ def parquet(path: str) -> Iterator[Record]:
     with open_bytes(path) as file:
         try:
             row = 0
-            for batch in ParquetFile(file).iter_batches(batch_size=256):
-                try:
-                    records = batch.to_pylist()
-                except UnicodeDecodeError:
-                    records = [_row_of(batch, index) for index in range(batch.num_rows)]
-                for record in records:
+            for batch in ParquetFile(file).iter_batches(_BATCH_ROWS):
+                for record in arrow_records(batch):
                     row += 1
-                    if isinstance(record, UserError):
-                        yield f"{path}, row {row}", record
-                        continue
-                    yield f"{path}, row {row}", _checked(present(record))
+                    yield f"{path}, row {row}", record
         except pyarrow.ArrowException as error:
             raise UserError(
                 f"the file is no Parquet, or damaged ({str(error).splitlines()[0]})",
@@ -143,7 +137,15 @@ def parquet(path: str) -> Iterator[Record]:
             ) from error
 
 
-READERS: dict[str, tuple[str, Callable[[str], Iterator[Record]]]] = {
+def arrow_records(batch: Any) -> list[dict[str, Any] | UserError]:
+    """The rows of an Arrow table or batch."""
+    try:
+        return [_checked(_present_in(row)) for row in batch.to_pylist()]
+    except UnicodeDecodeError:
+        return [_arrow_row(batch, index) for index in range(batch.num_rows)]
+
+
+READERS: dict[str, tuple[str, Callable[[str], Generator[Record, None, None]]]] = {
     "jsonl": ("JSON lines", json_lines),
     "json": ("a JSON array", json_array),
     "csv": ("CSV", delimited),
@@ -187,15 +189,6 @@ def detect(path: str) -> str:
         where=path,
         remedy=f"set data.format to one of {', '.join(READERS)}.",
     )
-
-
-def present(value: Any) -> Any:
-    """A value of Arrow without the fields that are null: its structs cannot tell null from absent."""
-    if isinstance(value, dict):
-        return {name: present(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [present(item) for item in value]
-    return value
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -258,11 +251,24 @@ def _no_csv(error: csv.Error) -> UserError:
     )
 
 
-def _row_of(batch: Any, index: int) -> dict[str, Any] | UserError:
+def _arrow_row(batch: Any, index: int) -> dict[str, Any] | UserError:
     try:
-        return batch.slice(index, 1).to_pylist()[0]
+        return _checked(_present_in(batch.slice(index, 1).to_pylist()[0]))
     except UnicodeDecodeError:
         return _no_utf8()
+
+
+def _present_in(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: _present(value) for name, value in row.items()}
+
+
+def _present(value: Any) -> Any:
+    """A value of Arrow without the fields that are null: its structs cannot tell null from absent."""
+    if isinstance(value, dict):
+        return {name: _present(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_present(item) for item in value]
+    return value
 
 
 def _empty(what: str) -> UserError:

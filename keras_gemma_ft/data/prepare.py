@@ -56,7 +56,7 @@ def prepare(
         directory: Where to write; must not exist, be empty, or hold what a call like this one wrote.
         tokenizer: The preset's vocabulary.
         recipe: How rows are made.
-        sources: Name and hash of everything that the conversations come from; see `hash_files`.
+        sources: Name and hash of everything that the conversations come from; see `files.hash_files`.
         on_error: Whether a conversation that cannot be trained on stops the work, or is left out and counted.
         workers: Processes that encode; see `ChunkedWork`.
         progress: Called after every shard with the counts so far.
@@ -104,28 +104,6 @@ def prepare(
         }
         (place / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
     return PackedDataset.open(directory)
-
-
-def hash_files(paths: Iterable[str | Path]) -> dict[str, str]:
-    """SHA-256 of files by path, for `sources`.
-
-    Raises:
-        UserError: A file cannot be read.
-    """
-    from etils import epath
-
-    hashes = {}
-    for path in map(epath.Path, paths):
-        try:
-            with path.open("rb") as file:
-                hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(
-                f"the file cannot be read ({error.strerror or error})",
-                where=str(path),
-                remedy="check its path.",
-            ) from error
-    return hashes
 
 
 def findings(manifest: Mapping[str, Any]) -> list[str]:

@@ -11,28 +11,33 @@ A source gives records (`sources`, `formats`), a layout makes a conversation of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import repeat
 from typing import Any, Literal
 
 from keras_gemma_ft.data.columns import TextTemplate
-from keras_gemma_ft.data.row_layouts import Columns, conversation, describe, detect
+from keras_gemma_ft.data.files import NotHereError
+from keras_gemma_ft.data.row_layouts import Columns, RowLayout, row_layout
 from keras_gemma_ft.data.rows import Problem, Row
-from keras_gemma_ft.data.sources import File, find
+from keras_gemma_ft.data.sources import Source, Stream, find
 from keras_gemma_ft.data.split import Part, hold_out
 from keras_gemma_ft.data.validate import check
 from keras_gemma_ft.errors import UserError
 
-__all__ = ["Part", "Reading", "hold_out", "read"]
+__all__ = ["Part", "Reading", "conversations", "fingerprints", "hold_out", "read"]
 
 OnError = Literal["stop", "skip"]
 Tell = Callable[[str], None]
 
 # The fields of `data` that decide what conversations a source gives.
-_SETTINGS = ("format", "layout", "prompt", "response", "messages", "template", "label")
+_SETTINGS = ("format", "layout", "prompt", "response", "messages", "template", "label", "weights")
 
 
 def read(
-    data: str,
+    names: str,
     *,
     format: str = "auto",
     layout: str = "auto",
@@ -41,83 +46,124 @@ def read(
     messages: str | None = None,
     template: str | None = None,
     label: str | None = None,
+    data_dir: str | None = None,
     on_error: OnError = "stop",
     tell: Tell | None = None,
 ) -> Reading:
-    """The rows of files.
+    """The rows of files and datasets.
 
     Args:
-        data: Paths or patterns, separated by commas.
-        format: A key of `formats.READERS`; auto: as each file's name and beginning tell.
+        names: Files, patterns, `tfds:` and `hf:` datasets, separated by commas; see `sources`.
+        format: Of files: a key of `formats.READERS`; auto: as each one's name and beginning tell.
         layout: One of `row_layouts.LAYOUTS`; auto: as the columns of each file's first row tell.
         prompt, response, messages, label: Columns; see `Columns`.
         template: The question as a text with columns in braces; see `TextTemplate`.
+        data_dir: Where TensorFlow datasets lie.
         on_error: Whether the first row that is wrong stops the reading, or comes as a `Problem`.
         tell: Given a line for each file: how it is read.
 
     Raises:
-        UserError: A pattern fits no file, or the template is malformed. A file that cannot be read, and a row
-            that is wrong, are told when the rows are iterated.
+        UserError: The template is malformed. A file that cannot be read, and a row that is wrong, are told
+            when the rows are iterated.
     """
-    columns = Columns(prompt, response, messages, None if template is None else TextTemplate(template), label)
-    return Reading(find(data, format), columns, layout, on_error, tell)
+    question = None if template is None else TextTemplate(template)
+    columns = Columns(prompt, response, messages, question, label)
+    return Reading(find(names, format, data_dir), columns, layout, on_error=on_error, tell=tell)
 
 
 def conversations(config: Mapping[str, Any], tell: Tell | None = None) -> tuple[Iterable[Row], Iterable[Row]]:
-    """The training and the held-out rows of a config; nothing is read before they are iterated.
+    """The training and the held-out rows of a config, which can be iterated again and again.
+
+    Nothing is read before they are. With `data.on_error="skip"` there are problems among them.
 
     Args:
         config: As `keras_gemma_ft.config.validate` accepts it.
         tell: Given a line for each file: how it is read.
+
+    Raises:
+        UserError: The template, the weights or the names are malformed.
     """
     data = config["data"]
+    question = None if data["template"] is None else TextTemplate(data["template"])
+    columns = Columns(
+        data["prompt"],
+        data["response"],
+        data["messages"],
+        question,
+        data["label"],
+        answer_is_label=config["task"]["kind"] == "classification",
+    )
 
-    def rows(names: str) -> Reading:
-        columns = Columns(
-            data["prompt"],
-            data["response"],
-            data["messages"],
-            None if data["template"] is None else TextTemplate(data["template"]),
-            data["label"],
-            answer_is_label=config["task"]["kind"] == "classification",
-        )
-        return Reading(find(names, data["format"]), columns, data["layout"], data["on_error"], tell)
+    def rows(sources: list[Source], weights: Sequence[float] | None = None) -> Reading:
+        return Reading(sources, columns, data["layout"], weights, config["seed"], data["on_error"], tell)
 
-    train = rows(data["train"])
-    if data["eval"] is not None:
-        return train, rows(data["eval"])
-    return hold_out(train, data["eval_fraction"], config["seed"])
+    train, held_out = _sources(data)
+    weights = _weights(data["weights"], len(train))
+    training: Iterable[Row] = rows(train, weights)
+    if held_out is not None:
+        holding: Iterable[Row] = rows(held_out)
+    else:
+        training, holding = hold_out(training, data["eval_fraction"], config["seed"])
+    return (training if weights is None else Repeated(training)), holding
 
 
-def fingerprints(config: Mapping[str, Any]) -> dict[str, str]:
+def fingerprints(
+    config: Mapping[str, Any], known: Mapping[str, str] | None = None, tell: Tell | None = None
+) -> dict[str, str]:
     """What the rows of a config follow from: a hash of each source, and how the sources are read.
+
+    Args:
+        config: As for `conversations`.
+        known: Hashes by name that stand in for sources that are not on this machine.
+        tell: Given a line for each of those.
 
     Raises:
         UserError: A source cannot be read.
     """
     data = config["data"]
-    names = [name for name in (data["train"], data["eval"]) if name is not None]
+    train, held_out = _sources(data)
+    hashes = {}
+    for source in [*train, *(held_out or [])]:
+        try:
+            hashes[source.name] = source.fingerprint()
+        except NotHereError as error:
+            if source.name not in (known or {}):
+                raise
+            hashes[source.name] = (known or {})[source.name]
+            if tell is not None:
+                tell(f"{source.name}: {error.what}; the rows that were prepared from it are used")
     settings = {name: data[name] for name in _SETTINGS} | {"task": config["task"]["kind"]}
-    return {
-        **{source.name: source.fingerprint() for name in names for source in find(name, data["format"])},
-        "read as": json.dumps(settings),
-    }
+    return {**hashes, "read as": json.dumps(settings)}
 
 
 class Reading:
-    """Rows that are read whenever they are iterated, the same ones in the same order each time."""
+    """Rows that are read whenever they are iterated, the same ones in the same order each time.
+
+    Args:
+        sources: What is read, one after the other.
+        columns: Where the rows hold what.
+        layout: One of `row_layouts.LAYOUTS`, or auto.
+        weights: Of each source: how often an epoch has its rows. With 1.5 it has each once, and half of them
+            twice. None: all once.
+        seed: Which rows an epoch has more often.
+        on_error, tell: See `read`.
+    """
 
     def __init__(
         self,
-        sources: list[File],
+        sources: Sequence[Source],
         columns: Columns,
         layout: str = "auto",
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
         on_error: OnError = "stop",
         tell: Tell | None = None,
     ) -> None:
         self.sources = sources
         self._columns = columns
         self._layout = layout
+        self._weights = weights
+        self._seed = seed
         self._on_error = on_error
         self._tell = tell
         self._told: set[str] = set()
@@ -126,36 +172,97 @@ class Reading:
         """Conversations, and with `on_error="skip"` problems among them.
 
         Raises:
-            UserError: A file cannot be read or is empty, or a row is wrong.
+            UserError: A source cannot be read or is empty, or a row is wrong.
         """
-        for source in self.sources:
-            yield from self._rows(source)
-
-    def _rows(self, source: File) -> Iterator[Row]:
-        format_name, records = source.records()
-        layout: str | None = None
-        origin = None
-        for origin, record in records:
-            try:
-                if isinstance(record, UserError):
-                    raise record
-                if layout is None:
-                    layout = detect(record, self._columns) if self._layout == "auto" else self._layout
-                    self._say(f"{source.name}: {format_name}, {describe(layout, record, self._columns)}")
-                row = conversation(layout, record, self._columns, origin)
-                check(row)
-            except UserError as error:
-                where = f"{origin}, {error.where}" if error.where else origin
-                problem = Problem(error.what, where, error.remedy)
-                if self._on_error == "stop":
-                    raise problem.error() from error
-                yield problem
+        for number, source in enumerate(self.sources):
+            rows = (row for stream in source.streams() for row in self._rows(stream))
+            if self._weights is None:
+                yield from rows
             else:
-                yield row
+                yield from _weighted(rows, self._weights[number], random.Random(f"{self._seed} {number}"))
+
+    def _rows(self, stream: Stream) -> Iterator[Row]:
+        layout: RowLayout | None = None
+        origin = None
+        with closing(stream.records) as records:
+            for origin, record in records:
+                try:
+                    if isinstance(record, UserError):
+                        raise record
+                    if layout is None:
+                        layout = row_layout(self._layout, self._columns, record)
+                        self._say(f"{stream.name}: {stream.format}, {layout.describe(record)}")
+                    row = layout.conversation(record, origin)
+                    check(row)
+                except UserError as error:
+                    where = f"{origin}, {error.where}" if error.where else origin
+                    problem = Problem(error.what, where, error.remedy)
+                    if self._on_error == "stop":
+                        raise problem.error() from error
+                    yield problem
+                else:
+                    yield row
         if origin is None:
-            raise UserError("there are no rows", where=source.name, remedy="give a file with rows.")
+            raise UserError("there are no rows", where=stream.name, remedy="give a file with rows.")
 
     def _say(self, line: str) -> None:
         if self._tell is not None and line not in self._told:
             self._told.add(line)
             self._tell(line)
+
+
+class Repeated:
+    """Rows as often as an epoch has them."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self._rows:
+            if isinstance(row, Problem):
+                yield row
+            else:
+                yield from repeat(row, row.copies)
+
+
+def _weighted(rows: Iterable[Row], weight: float, rng: random.Random) -> Iterator[Row]:
+    whole = math.floor(weight)
+    for row in rows:
+        if not isinstance(row, Problem):
+            row.copies = whole + (rng.random() < weight - whole)
+        yield row
+
+
+def _sources(data: Mapping[str, Any]) -> tuple[list[Source], list[Source] | None]:
+    """What is named for training, and for holding out if that is named."""
+    train = find(data["train"], data["format"], data["data_dir"])
+    if data["eval"] is None:
+        return train, None
+    held_out = find(data["eval"], data["format"], data["data_dir"])
+    for twice in {source.name for source in train} & {source.name for source in held_out}:
+        raise UserError(
+            f"{twice} is training data, too", where="data.eval", remedy="give rows that are not trained on."
+        )
+    return train, held_out
+
+
+def _weights(text: str | None, sources: int) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise UserError(
+            f"{text!r} is no list of numbers above 0",
+            where="data.weights",
+            remedy="write, for example, 2,0.5.",
+        )
+    if len(weights) != sources:
+        raise UserError(
+            f"there are {len(weights)} weights for {sources} names in data.train",
+            where="data.weights",
+            remedy="give one for each.",
+        )
+    return weights

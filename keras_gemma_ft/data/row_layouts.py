@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keras_gemma_ft.data.columns import TextTemplate, column, has_column, kind, optional_text, text
@@ -40,7 +40,7 @@ class Columns:
 
     Attributes:
         prompt: The question, or with spans the text.
-        response: The answer, or the spans.
+        response: The answer, or the spans. `response` is also found under the name of `completion`.
         messages: The list of messages; None: `messages`, or else `conversations`.
         template: The question made of columns; None: `prompt` as it is.
         label: The row's class; None: it has none.
@@ -54,68 +54,75 @@ class Columns:
     label: str | None = None
     answer_is_label: bool = False
 
-    @property
-    def are_pairs(self) -> bool:
-        """Whether a question and an answer were asked for by name."""
-        names = (self.prompt, self.response)
-        return self.template is not None or names != (Columns.prompt, Columns.response)
-
-    def chat(self, record: Mapping[str, Any]) -> str:
-        """The name of the column of messages."""
-        return self.messages or next((name for name in _CHATS if name in record), _CHATS[0])
-
-    def answer(self, record: Mapping[str, Any]) -> str:
-        """The name of the column of answers: `completion` has the meaning of `response`."""
+    def found_in(self, record: Mapping[str, Any]) -> Columns:
+        """With the other names for messages and answers where a record has those."""
+        chat = self.messages or next((name for name in _CHATS if name in record), _CHATS[0])
         is_completion = self.response == Columns.response and self.response not in record
-        return "completion" if is_completion and "completion" in record else self.response
+        answer = "completion" if is_completion and "completion" in record else self.response
+        return replace(self, messages=chat, response=answer)
 
 
-def detect(record: Mapping[str, Any], columns: Columns) -> str:
-    """The layout that the columns of a record tell.
+@dataclass(frozen=True)
+class RowLayout:
+    """How the rows of a file become conversations.
+
+    Attributes:
+        name: A key of `LAYOUTS`.
+        columns: Where they hold what.
+    """
+
+    name: str
+    columns: Columns
+
+    def conversation(self, record: Mapping[str, Any], origin: str) -> Conversation:
+        """A record as a conversation.
+
+        Raises:
+            UserError: The record lacks a column, or has something else in it.
+        """
+        messages, label = _LAYOUTS[self.name](record, self.columns)
+        if self.columns.label is not None:
+            label = _label(record, self.columns.label)
+        elif not self.columns.answer_is_label:
+            label = None
+        tools = record.get("tools")
+        return Conversation(messages, origin, label, _json(tools, "tools") if tools else None)
+
+    def describe(self, record: Mapping[str, Any]) -> str:
+        """How a record is read, in words."""
+        if self.name == "messages":
+            return f"messages in {self.columns.messages!r}"
+        if self.name == "alpaca":
+            return "instruction, input and output"
+        asked = "data.template" if self.columns.template is not None else repr(self.columns.prompt)
+        spans = " (spans)" if self.name == "spans" else ""
+        system = ", with 'system'" if "system" in record else ""
+        return f"{asked} answered by {self.columns.response!r}{spans}{system}"
+
+
+def row_layout(name: str, columns: Columns, record: Mapping[str, Any]) -> RowLayout:
+    """The layout of that name for the rows of a file, or with `auto` the one that a row's columns tell.
 
     Raises:
         UserError: They tell none.
     """
-    if columns.messages is not None or (not columns.are_pairs and has_column(record, columns.chat(record))):
-        return "messages"
-    answers = columns.answer(record)
-    if columns.template is not None or (has_column(record, columns.prompt) and has_column(record, answers)):
-        return "prompt_response"
-    if not columns.are_pairs and "instruction" in record and "output" in record:
-        return "alpaca"
-    missing = columns.response if has_column(record, columns.prompt) else columns.prompt
+    found = columns.found_in(record)
+    if name != "auto":
+        return RowLayout(name, found)
+    # Columns that were asked for by name come before those that a row happens to have.
+    pairs = columns.template is not None or (columns.prompt, columns.response) != ("prompt", "response")
+    if columns.messages is not None or (not pairs and has_column(record, found.messages or "")):
+        return RowLayout("messages", found)
+    has_prompt, has_response = has_column(record, found.prompt), has_column(record, found.response)
+    if columns.template is not None or (has_prompt and has_response):
+        return RowLayout("prompt_response", found)
+    if not pairs and "instruction" in record and "output" in record:
+        return RowLayout("alpaca", found)
     raise UserError(
-        f"there is no column {missing!r}; there are: {', '.join(map(str, record))}",
+        f"there is no column {(found.response if has_prompt else found.prompt)!r}; "
+        f"there are: {', '.join(map(str, record))}",
         remedy="name the columns of questions and answers in data.prompt and data.response.",
     )
-
-
-def describe(layout: str, record: Mapping[str, Any], columns: Columns) -> str:
-    """How a row is read, in words."""
-    if layout == "messages":
-        return f"messages in {columns.chat(record)!r}"
-    if layout == "alpaca":
-        return "instruction, input and output"
-    asked = "data.template" if columns.template is not None else repr(columns.prompt)
-    system = ", with 'system'" if "system" in record else ""
-    spans = " (spans)" if layout == "spans" else ""
-    return f"{asked} answered by {columns.answer(record)!r}{spans}{system}"
-
-
-def conversation(layout: str, record: Mapping[str, Any], columns: Columns, origin: str) -> Conversation:
-    """A record as a conversation.
-
-    Raises:
-        UserError: The record lacks a column, or has something else in it.
-    """
-    messages, answer = _LAYOUTS[layout](record, columns)
-    label = None
-    if columns.label is not None:
-        label = _label(record, columns.label)
-    elif columns.answer_is_label:
-        label = answer
-    tools = _json(record["tools"], "tools") if record.get("tools") else None
-    return Conversation(messages, origin, label, tools)
 
 
 _Parts = tuple[list[Message], str | None]
@@ -123,12 +130,12 @@ _Parts = tuple[list[Message], str | None]
 
 
 def _messages(record: Mapping[str, Any], columns: Columns) -> _Parts:
-    name = columns.chat(record)
-    return _chat(column(record, name), name), None
+    assert columns.messages is not None, "found_in gave it a name"
+    return _chat(column(record, columns.messages), columns.messages), None
 
 
 def _prompt_response(record: Mapping[str, Any], columns: Columns) -> _Parts:
-    answers = columns.answer(record)
+    answers = columns.response
     if columns.template is not None:
         return _exchange(record, columns.template.fill(record), text(record, answers))
     asked = column(record, columns.prompt)

@@ -22,12 +22,14 @@ class Conversation:
         origin: Place of the row for error messages: file and line, or dataset and row number.
         label: Class of the row where the task has one: used to stratify, balance and score, never rendered.
         tools: Tool declarations (JSON-schema style function objects) rendered at the top, or None.
+        copies: How often an epoch has it: 1, unless its source has another weight.
     """
 
     messages: list[Message]
     origin: str
     label: str | None = None
     tools: list[dict[str, Any]] | None = None
+    copies: int = 1
 
 
 @dataclass(slots=True)

@@ -13,6 +13,9 @@ from keras_gemma_ft.data.layout import MODEL_ROLES
 from keras_gemma_ft.data.rows import Conversation, Row
 from keras_gemma_ft.errors import UserError
 
+# Rows of so much text (some 200 MB of memory) are kept when they are read to be divided; larger input is read
+# again for each part.
+_KEPT_CHARACTERS = 64 << 20
 _ALONE = -1  # the stratum of all rows whose answer no other question shares
 
 
@@ -21,8 +24,8 @@ def hold_out(rows: Iterable[Row], fraction: float, seed: int) -> tuple[Part, Par
 
     Rows that ask the same (what comes before the first answer, but for case and spacing) stay together. The
     held-out part has each label, or each answer that is given to several questions, as often in proportion
-    as the whole. Rows are read once to divide them, and once more for each part, so they need not fit into
-    memory.
+    as the whole. Rows that are too large to be kept in memory are read once to divide them, and once more for
+    each part.
 
     Args:
         rows: Can be iterated again and again, always in the same order.
@@ -53,21 +56,30 @@ class Part:
 
     def __iter__(self) -> Iterator[Row]:
         chosen = (self._division.held_out == self._held_out).tolist()
-        return (row for row, is_chosen in zip(self._division.rows, chosen, strict=True) if is_chosen)
+        return (row for row, is_chosen in zip(self._division, chosen, strict=True) if is_chosen)
 
 
 class _Division:
     def __init__(self, rows: Iterable[Row], fraction: float, seed: int) -> None:
-        self.rows = rows
+        self._rows = rows
+        self._kept: list[Row] | None = []
         self._fraction = fraction
         self._seed = seed
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows if self._kept is None else self._kept)
 
     @cached_property
     def held_out(self) -> np.ndarray:
         """bool [rows]; False for problems."""
         questions, answers, places = array("Q"), array("Q"), array("Q")
-        count = 0
-        for count, row in enumerate(self.rows, 1):
+        count = characters = 0
+        for count, row in enumerate(self._rows, 1):
+            if self._kept is not None:
+                self._kept.append(row)
+                characters += _characters(row)
+                if characters > _KEPT_CHARACTERS:
+                    self._kept = None
             if isinstance(row, Conversation):
                 question, answer = _keys(row)
                 questions.append(question)
@@ -153,9 +165,16 @@ def _keys(row: Conversation) -> tuple[int, int]:
     for message in row.messages:
         if message["role"] in MODEL_ROLES:
             break
-        asked += [message["role"], *str(message.get("content")).casefold().split()]
+        asked.append(message["role"])
+        asked.append(str(message.get("content")))
     label = row.label if row.label is not None else str(row.messages[-1].get("content"))
-    return _hash(" ".join(asked)), _hash(label)
+    return _hash(" ".join("\n".join(asked).casefold().split())), _hash(label)
+
+
+def _characters(row: Row) -> int:
+    if isinstance(row, Conversation):
+        return sum(len(str(message.get("content"))) for message in row.messages)
+    return len(row.what)
 
 
 def _hash(text: str) -> int:

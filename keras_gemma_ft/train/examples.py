@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from keras_gemma_ft.data.dataset import PackedDataset
+from keras_gemma_ft.data.dataset import MANIFEST, PackedDataset
 from keras_gemma_ft.data.prepare import findings, prepare
 from keras_gemma_ft.data.readers import conversations, fingerprints
 from keras_gemma_ft.data.shards import Recipe
@@ -52,7 +52,7 @@ def prepare_examples(config: ConfigDict, place: Path, tell: Callable[[str], None
     tokenizer = Tokenizer.from_preset(config.preset)
     template = Template(_variant(config.preset), thinking=data.thinking, train_on=data.train_on)
     recipe = Recipe(template, data.max_length, data.packing, data.truncation, config.seed)
-    sources = fingerprints(config)
+    sources = fingerprints(config, known=_sources_of(place), tell=tell)
     parts = {}
     for name, rows in zip(("train", "held_out"), conversations(config, tell), strict=True):
         # Either part follows from all the files and from how they are divided.
@@ -73,6 +73,12 @@ def prepare_examples(config: ConfigDict, place: Path, tell: Callable[[str], None
         counts["held_out"]["examples"],
         facts,
     )
+
+
+def _sources_of(place: Path) -> dict[str, str]:
+    """Hashes of what was prepared there: a machine that only trains need not have the sources."""
+    path = place / "train" / MANIFEST
+    return read_json(path)["identity"]["sources"] if path.is_file() else {}
 
 
 def _variant(preset: str) -> Variant:

@@ -14,7 +14,8 @@ import pytest
 
 from keras_gemma_ft.data import workers
 from keras_gemma_ft.data.dataset import PackedDataset
-from keras_gemma_ft.data.prepare import findings, hash_files, prepare
+from keras_gemma_ft.data.files import hash_files
+from keras_gemma_ft.data.prepare import findings, prepare
 from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.data.shards import Recipe, ShardMaker
 from keras_gemma_ft.data.template import Template, encode

@@ -189,7 +189,7 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.jsonl: there is no such file"):
         list(read(str(tmp_path / "none.jsonl")))
     with pytest.raises(UserError, match="no file fits the pattern"):
-        read(str(tmp_path / "*.jsonl"))
+        list(read(str(tmp_path / "*.jsonl")))
 
 
 def test_csv(file):

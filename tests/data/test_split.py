@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from keras_gemma_ft.data import split
 from keras_gemma_ft.data.rows import Conversation, Problem
 from keras_gemma_ft.data.split import choose, hold_out
 from keras_gemma_ft.errors import UserError
@@ -102,22 +103,24 @@ def test_problems_are_trainings(twins):
     assert len(held_out) == len(list(held_out)) == 20
 
 
-def test_rows_are_read_one_by_one(twins):
-    alive = 0
+@pytest.mark.parametrize(("characters", "reads"), [(10_000, 100), (500, 300)])
+def test_rows_are_kept_or_read_again(twins, monkeypatch, characters, reads):
+    monkeypatch.setattr(split, "_KEPT_CHARACTERS", characters)
+    read = 0
 
     class Rows:
         def __iter__(self):
-            nonlocal alive
+            nonlocal read
             for each in twins:
-                alive += 1
+                read += 1
                 yield each
 
     train, held_out = hold_out(Rows(), 0.2, seed=0)
-    assert alive == 0
-    first = iter(train)
-    next(first)
-    assert 100 < alive < 120  # once to divide, then as far as was asked for
-    assert len(list(held_out)) == 20
+    assert read == 0
+    parts = [[r.origin for r in part] for part in (train, held_out)]
+    assert read == reads
+    monkeypatch.undo()
+    assert parts == [[r.origin for r in part] for part in hold_out(twins, 0.2, seed=0)]
 
 
 def test_random_divisions():
