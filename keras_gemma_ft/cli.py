@@ -13,11 +13,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from keras_gemma_ft.backend import require_jax
 from keras_gemma_ft.config import describe, known, validate, wrong_type
 from keras_gemma_ft.errors import UserError
 
@@ -35,6 +37,7 @@ class Verb:
         define: Adds the verb's flags, besides --workdir.
         call: Runs it: gets the config, and the parsed flags.
         takes_config: Whether --config names a recipe; otherwise the config is that of the run in --workdir.
+        has_workdir: Whether it needs a run directory.
     """
 
     help: str
@@ -42,14 +45,33 @@ class Verb:
     call: Callable[[ConfigDict, flags.FlagValues], Any]
     define: Callable[[flags.FlagValues], Any] = lambda values: None
     takes_config: bool = False
+    has_workdir: bool = True
 
 
 def _function(module: str, name: str = "main") -> Callable[..., Any]:
     return getattr(importlib.import_module(f"keras_gemma_ft.{module}"), name)
 
 
-# Name → what it does. A verb stands here once it works.
+def _define_out(about: str) -> Callable[[flags.FlagValues], Any]:
+    return lambda values: flags.DEFINE_string("out", None, about, flag_values=values)
+
+
+# Name → what it does; a name of two words is a verb with a sub-verb. A verb stands here once it works.
 VERBS: dict[str, Verb] = {
+    "data prepare": Verb(
+        "read, hold out, tokenize, mask and pack: what `train` with the same config and --workdir then uses",
+        "--config=tiny --workdir=runs/first [--config.data.train=train.jsonl]",
+        lambda config, given: _function("train.examples")(config, given.workdir),
+        takes_config=True,
+    ),
+    "data inspect": Verb(
+        "show what is in a dataset, what stands out in it, and which tokens are trained",
+        "--config=tiny --config.data.train=train.jsonl [--out=report.html]",
+        lambda config, given: _function("data.inspect")(config, given.out and Path(given.out)),
+        _define_out("where to write the report as a page"),
+        takes_config=True,
+        has_workdir=False,
+    ),
     "train": Verb(
         "fine-tune a preset on a file of conversations",
         "--config=tiny --workdir=runs/first [--config.lora.rank=32] [--resume]",
@@ -78,17 +100,14 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0; 2 for a fault in what the user gave; 128 + its number where a signal ended it.
     """
-    verb, *rest = arguments or ["help"]
+    verb, rest = _verb(arguments or ["help"])
     if verb in ("help", *_HELP):
         print(overview())
         return 0
     try:
+        require_jax()
         if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(
-                "there is no such verb", where=verb, remedy=f"{hint}There are: {', '.join(VERBS)}."
-            )
+            raise _no_such_verb(verb)
         if any(argument in _HELP for argument in rest):
             print(verb_help(verb))
             return 0
@@ -114,10 +133,9 @@ def parse(verb: str, arguments: Sequence[str]) -> tuple[ConfigDict, flags.FlagVa
 
     recipe, overrides, own = _sort(arguments)
     given = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "the run directory", flag_values=given)
-    VERBS[verb].define(given)
+    _define(VERBS[verb], given)
     _read(given, own, verb)
-    if not given.workdir:
+    if VERBS[verb].has_workdir and not given.workdir:
         raise UserError("no run directory is given", where="--workdir", remedy="add --workdir=DIR.")
     if not VERBS[verb].takes_config and (recipe is not None or overrides):
         raise UserError(
@@ -156,8 +174,7 @@ def overview() -> str:
 def verb_help(verb: str) -> str:
     """What a verb does and takes, the config's fields included."""
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
-    VERBS[verb].define(values)
+    _define(VERBS[verb], values)
     lines = [f"{verb}: {VERBS[verb].help}", "", f"usage: {PROGRAM} {verb} {VERBS[verb].example}", ""]
     lines += [f"  --{name:<12} {values[name].help}" for name in values]
     if VERBS[verb].takes_config:
@@ -171,6 +188,30 @@ def verb_help(verb: str) -> str:
             describe(),
         ]
     return "\n".join(lines)
+
+
+def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb, of two words where its first begins several, and the arguments after it."""
+    first, *rest = arguments
+    has_second = any(name.startswith(f"{first} ") for name in VERBS)
+    if has_second and rest and not rest[0].startswith("-"):
+        return f"{first} {rest[0]}", rest[1:]
+    return first, rest
+
+
+def _no_such_verb(verb: str) -> UserError:
+    family = [name for name in VERBS if name.startswith(f"{verb.split()[0]} ")]
+    near = difflib.get_close_matches(verb, VERBS, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return UserError(
+        "there is no such verb", where=verb, remedy=f"{hint}There are: {', '.join(family or VERBS)}."
+    )
+
+
+def _define(verb: Verb, values: flags.FlagValues) -> None:
+    if verb.has_workdir:
+        flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    verb.define(values)
 
 
 def _sort(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:

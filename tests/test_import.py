@@ -1,0 +1,84 @@
+"""What importing costs, and what Keras may run on, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import keras_gemma_ft
+
+HEAVY = "{'jax', 'keras', 'keras_hub', 'numpy', 'tensorflow', 'torch', 'transformers'}"
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**inherited, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def printed(script: str, **environment: str) -> str:
+    result = python(script, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_package_alone_imports_nothing_heavy():
+    assert printed(f"import sys, keras_gemma_ft; print(sorted({HEAVY} & sys.modules.keys()))") == "[]"
+
+
+@pytest.mark.parametrize("module", ["train.run", "train.optimizers", "model.causal_lm", "data", "cli"])
+def test_tensorflow_is_not_imported_before_it_is_needed(module):
+    loaded = printed(f"import sys, keras_gemma_ft.{module}; print(*sys.modules)").split()
+    assert f"keras_gemma_ft.{module}" in loaded
+    assert not {"tensorflow", "keras_hub"} & set(loaded)
+
+
+@pytest.mark.parametrize("name", keras_gemma_ft.__all__)
+def test_every_public_name_is_there(name):
+    assert name in dir(keras_gemma_ft)
+    assert getattr(keras_gemma_ft, name) is getattr(keras_gemma_ft, name)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Gemma'"):
+        keras_gemma_ft.Gemma  # noqa: B018
+
+
+@pytest.mark.parametrize("unset", [{}, {"KERAS_BACKEND": ""}])
+def test_keras_runs_on_jax_where_nothing_is_said(unset):
+    assert printed("import keras_gemma_ft, keras; print(keras.config.backend())", **unset) == "jax"
+
+
+@pytest.mark.parametrize("use", ["keras_gemma_ft.GemmaCausalLM", "keras_gemma_ft.optimizers"])
+def test_another_backend_is_refused_with_the_remedy(use):
+    result = python(f"import keras_gemma_ft; {use}", KERAS_BACKEND="numpy")
+    assert result.returncode == 1
+    assert "UserError: KERAS_BACKEND: keras_gemma_ft needs Keras on JAX, not on numpy" in result.stderr
+    assert "set the environment variable KERAS_BACKEND to jax, or unset it." in result.stderr
+
+
+def test_the_command_line_refuses_another_backend_without_a_traceback():
+    script = "from keras_gemma_ft.cli import main; raise SystemExit(main(['train']))"
+    result = python(script, KERAS_BACKEND="numpy")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "keras-gemma-ft: KERAS_BACKEND: keras_gemma_ft needs Keras on JAX, not on numpy",
+        "  set the environment variable KERAS_BACKEND to jax, or unset it.",
+    ]
+
+
+def test_keras_imported_first_on_another_backend_is_refused():
+    script = """
+import os; os.environ["KERAS_BACKEND"] = "numpy"
+import keras; del os.environ["KERAS_BACKEND"]
+import keras_gemma_ft; keras_gemma_ft.GemmaCausalLM
+"""
+    result = python(script)
+    assert "needs Keras on JAX, not on numpy" in result.stderr
+    assert "import keras_gemma_ft before keras" in result.stderr
