@@ -59,7 +59,7 @@ def _define_out(about: str) -> Callable[[flags.FlagValues], Any]:
 # Name → what it does; a name of two words is a verb with a sub-verb. A verb stands here once it works.
 VERBS: dict[str, Verb] = {
     "data prepare": Verb(
-        "read, hold out, tokenize, mask and pack: what `train` with the same config and --workdir then uses",
+        "read, tokenize, mask and pack the rows that `train` then takes",
         "--config=tiny --workdir=runs/first [--config.data.train=train.jsonl]",
         lambda config, given: _function("train.examples")(config, given.workdir),
         takes_config=True,
@@ -107,6 +107,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         require_jax()
         if verb not in VERBS:
+            family = [name for name in VERBS if name.startswith(f"{verb} ")]
+            if family and any(argument in _HELP for argument in rest):
+                print(overview(family))
+                return 0
             raise _no_such_verb(verb)
         if any(argument in _HELP for argument in rest):
             print(verb_help(verb))
@@ -154,16 +158,17 @@ def parse(verb: str, arguments: Sequence[str]) -> tuple[ConfigDict, flags.FlagVa
     return _overridden(config, overrides, verb), given
 
 
-def overview() -> str:
-    """What there is, for `keras-gemma-ft` alone and `--help`."""
-    width = max(map(len, VERBS))
+def overview(names: Sequence[str] = ()) -> str:
+    """What there is, for `keras-gemma-ft` alone and `--help`; or some verbs of that."""
+    names = names or list(VERBS)
+    width = max(map(len, names))
     return "\n".join(
         [
             "Fine-tune Gemma 4: from a file of conversations to a tuned, evaluated, exported model.",
             "",
             f"usage: {PROGRAM} VERB --flag=value …",
             "",
-            *(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()),
+            *(f"  {name:<{width}}  {VERBS[name].help}" for name in names),
             "",
             f"A first run:  {PROGRAM} train {VERBS['train'].example}",
             f"More on one:  {PROGRAM} VERB --help",

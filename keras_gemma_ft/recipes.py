@@ -18,8 +18,13 @@ _SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "conf
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the project, by name."""
-    return {path.stem: path for folder in _SHIPPED for path in sorted(folder.glob("[!_]*.py"))}
+    """The recipes that come with the project, by name: `tiny`, `data/gsm8k`."""
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in _SHIPPED
+        for pattern in ("[!_]*.py", "data/[!_]*.py")
+        for path in sorted(folder.glob(pattern))
+    }
 
 
 def read_recipe(name: str) -> ConfigDict:
@@ -34,15 +39,16 @@ def read_recipe(name: str) -> ConfigDict:
     path = Path(name).expanduser()
     if not path.is_file():
         known = shipped()
-        if path.stem not in known or path.parts[:-1] not in ((), ("configs",)):
-            near = difflib.get_close_matches(path.stem, known, 1)
+        asked = name.removeprefix("configs/").removesuffix(".py")
+        if asked not in known:
+            near = difflib.get_close_matches(asked, known, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
                 "there is no such config file",
                 where=f"--config={name}",
                 remedy=f"{hint}Give a path, or one of those that come with the project: {', '.join(known)}.",
             )
-        path = known[path.stem]
+        path = known[asked]
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except UserError:

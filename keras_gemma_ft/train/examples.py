@@ -10,12 +10,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from keras_gemma_ft.data.dataset import MANIFEST, PackedDataset
+from keras_gemma_ft.data.from_config import tokenizer_and_recipe
 from keras_gemma_ft.data.prepare import findings, prepare
 from keras_gemma_ft.data.readers import conversations, fingerprints
-from keras_gemma_ft.data.shards import Recipe
-from keras_gemma_ft.data.template import Template, Variant
-from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.evaluate.files import read_json
+from keras_gemma_ft.train import workdir as directory
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,30 @@ class Examples:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def main(config: ConfigDict, workdir: str | Path) -> Examples:
+    """Prepares the data of a run, so that `train` need not: a machine with the model may lack the sources.
+
+    Args:
+        config: As `validate` accepts it; `train` must get the same one.
+        workdir: The run directory.
+
+    Raises:
+        UserError: As `prepare_examples` does, or the directory cannot be written or holds a run.
+    """
+    place = directory.check(workdir, resume=False)
+    with directory.nothing_half_written(place):
+        examples = prepare_examples(config, place / "data", print)
+    for name, part in (("training", examples.train), ("held out", examples.held_out)):
+        counts = part.manifest["counts"]
+        print(
+            f"{name}: {counts['examples']:,} of {counts['conversations']:,} conversations in "
+            f"{counts['rows']:,} rows of {part.length:,} tokens, {part.manifest['efficiency']:.1%} full; "
+            f"{counts['trained_tokens']:,} of {counts['tokens']:,} tokens are trained"
+        )
+    print(f"{place / 'data'}")
+    return examples
+
+
 def prepare_examples(config: ConfigDict, place: Path, tell: Callable[[str], None]) -> Examples:
     """Reads, holds out, encodes, masks and packs, into `place`/train and `place`/held_out.
 
@@ -49,9 +72,7 @@ def prepare_examples(config: ConfigDict, place: Path, tell: Callable[[str], None
         UserError: A file, row or column is wrong, or nothing is left to train on.
     """
     data = config.data
-    tokenizer = Tokenizer.from_preset(config.preset)
-    template = Template(_variant(config.preset), thinking=data.thinking, train_on=data.train_on)
-    recipe = Recipe(template, data.max_length, data.packing, data.truncation, config.seed)
+    tokenizer, recipe = tokenizer_and_recipe(config)
     sources = fingerprints(config, known=_sources_of(place), tell=tell)
     parts = {}
     for name, rows in zip(("train", "held_out"), conversations(config, tell), strict=True):
@@ -79,18 +100,3 @@ def _sources_of(place: Path) -> dict[str, str]:
     """Hashes of what was prepared there: a machine that only trains need not have the sources."""
     path = place / "train" / MANIFEST
     return read_json(path)["identity"]["sources"] if path.is_file() else {}
-
-
-def _variant(preset: str) -> Variant:
-    """Which chat template the preset was trained with, told by its configuration alone: no weight is read.
-
-    Raises:
-        UserError: There is no such preset, or it is no Gemma 4.
-    """
-    from keras_gemma_ft.model.config import Gemma4Config
-    from keras_gemma_ft.presets import resolve_preset
-
-    stored = read_json(Path(resolve_preset(preset)) / "config.json")
-    is_keras_hub = "registered_name" in stored
-    config = Gemma4Config.from_keras_hub(stored["config"]) if is_keras_hub else Gemma4Config.from_hf(stored)
-    return config.variant  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 import pytest
 
 from keras_gemma_ft.config import default_config
+from keras_gemma_ft.data import from_config
 from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.errors import UserError
@@ -27,7 +28,7 @@ def config(shared, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("as it was")
     rows = [conversation(number) for number in range(50)]
     monkeypatch.setattr(examples, "conversations", lambda config, tell: (rows[:45], rows[45:]))
-    monkeypatch.setattr(examples, "_variant", lambda preset: "edge")
+    monkeypatch.setattr(from_config, "variant_of", lambda preset: "edge")
     vocabulary = Tokenizer.from_file(shared / "tokenizer" / "gemma4.model")
     monkeypatch.setattr(Tokenizer, "from_preset", lambda preset: vocabulary)
     return made
