@@ -39,14 +39,15 @@ _MISSED = 5e-4
 # Shingles of this share of the distinct texts (and of at least so many texts) are boilerplate.
 _BOILERPLATE_SHARE = 0.1
 _BOILERPLATE_TEXTS = 20
+_BOILERPLATE_SAMPLE = 20_000  # texts that are looked at for it
 # Of a sampled text at least so many shingles besides boilerplate, or it is compared as a whole only.
 _FEWEST = 16
 # In larger groups of candidates a text meets the first one and its neighbour only, unless it is known to be
 # alike already: enough to find that copies belong together, and the work does not grow with the square.
 _ALL_PAIRS = 32
 _MOST_CHARACTERS = 200_000  # of a text that are looked at
-_PAIRS_AT_ONCE = 50_000
-_SHINGLES_AT_ONCE = 4_000_000
+_PAIRS_AT_ONCE = 20_000
+_SHINGLES_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -138,23 +139,28 @@ class Sketches:
         )
 
     def chosen(self, which: np.ndarray) -> Sketches:
-        """The sketches of some texts, given by number."""
+        """The sketches of some texts, given by number in ascending order."""
+        if len(which) == len(self):
+            return self
         sizes = self.sizes[which]
         hashes = self.hashes[ragged_arange(self.offsets[:-1][which], sizes)]
         return Sketches(hashes, _offsets(sizes), self.limits[which], self.whole[which])
 
     def without_boilerplate(self) -> Sketches:
         """The same, without shingles that a large share of the texts has."""
-        most = max(_BOILERPLATE_TEXTS, _BOILERPLATE_SHARE * len(self))
-        shingles, counts = np.unique(self.hashes, return_counts=True)
-        common = shingles[counts > most]
+        every = max(1, len(self) // _BOILERPLATE_SAMPLE)
+        sample = self.chosen(np.arange(0, len(self), every))
+        shingles, counts = np.unique(sample.hashes, return_counts=True)
+        common = shingles[counts > max(_BOILERPLATE_TEXTS, _BOILERPLATE_SHARE * len(sample))]
         if not len(common):
             return self
-        place = np.minimum(np.searchsorted(common, self.hashes), len(common) - 1)
-        own = common[place] != self.hashes
-        row_of = np.repeat(np.arange(len(self)), self.sizes)
-        sizes = np.bincount(row_of[own], minlength=len(self))
-        return Sketches(self.hashes[own], _offsets(sizes), self.limits, self.whole)
+        own = np.empty(len(self.hashes), bool)
+        for start in range(0, len(own), _SHINGLES_AT_ONCE):
+            hashes = self.hashes[start : start + _SHINGLES_AT_ONCE]
+            place = np.minimum(np.searchsorted(common, hashes), len(common) - 1)
+            own[start : start + _SHINGLES_AT_ONCE] = common[place] != hashes
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(own)])
+        return Sketches(self.hashes[own], before[self.offsets], self.limits, self.whole)
 
 
 def near_pairs(sketches: Sketches, threshold: float) -> NearPairs:

@@ -90,7 +90,7 @@ class Examiner:
             [row.label for row in rows],
             [shown(text) for text in questions],
             [shown(text) for text in answers],
-            np.fromiter((key(_context(row)) for row in rows), np.uint64, len(rows)),
+            np.fromiter((key(context(row)) for row in rows), np.uint64, len(rows)),
             np.fromiter(map(key, answers), np.uint64, len(rows)),
             Sketches.of([question or answer for question, answer in zip(questions, answers, strict=True)]),
             lengths,
@@ -156,7 +156,7 @@ def shown(text: str) -> str:
     return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
 
 
-def _context(row: Conversation) -> str:
+def context(row: Conversation) -> str:
     """All that the model's answers depend on."""
     parts = [
         f"{message['role']}: {text_of(message)}"

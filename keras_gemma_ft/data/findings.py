@@ -117,15 +117,8 @@ class Table:
 
     @cached_property
     def classes(self) -> list[str] | None:
-        """The class of each row: its label, or its answer if answers are few and short. None: no classes."""
-        if any(label is not None for label in self.labels):
-            return ["(none)" if label is None else label for label in self.labels]
-        kinds = set(self.answer_keys)
-        if 2 <= len(kinds) <= min(_MOST_CLASSES, len(self) / _ROWS_PER_CLASS) and all(
-            len(answer) <= _LONGEST_CLASS for answer in self.answers
-        ):
-            return self.answers
-        return None
+        """The class of each row; see `classes_of`."""
+        return classes_of(self.labels, self.answers)
 
     def partners(self) -> tuple[dict[int, tuple[int, float]], dict[int, tuple[int, float]]]:
         """For each row the most similar one with its similarity: of all rows, and of the training part."""
@@ -146,6 +139,18 @@ class Table:
     def at(self, rows: Iterable[int], say: Callable[[int], str]) -> list[tuple[str, str]]:
         """Places of rows, with what is to be said of each."""
         return [(self.origins[row], say(row)) for row in rows]
+
+
+def classes_of(labels: Sequence[str | None], answers: Sequence[str]) -> list[str] | None:
+    """The class of each row: its label, or its answer if answers are few and short. None: no classes."""
+    if any(label is not None for label in labels):
+        return ["(none)" if label is None else label for label in labels]
+    kinds = set(answers)
+    if 2 <= len(kinds) <= min(_MOST_CLASSES, len(answers) / _ROWS_PER_CLASS) and all(
+        len(answer) <= _LONGEST_CLASS for answer in kinds
+    ):
+        return list(answers)
+    return None
 
 
 def all_findings(table: Table) -> list[Finding]:

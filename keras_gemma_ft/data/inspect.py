@@ -187,30 +187,34 @@ def main(config: Mapping[str, Any], out: Path | None = None) -> Inspection:
         UserError: A file cannot be read, or the page cannot be written.
     """
     from keras_gemma_ft.data.from_config import tokenizer_and_recipe
-    from keras_gemma_ft.data.inspect_report import print_report, reading, write_report
-    from keras_gemma_ft.data.readers import conversations
+    from keras_gemma_ft.data.inspect_report import check_is_page, print_report, reading, write_report
+    from keras_gemma_ft.data.readers import conversations, readings
 
+    title = config["data"]["train"]
+    if out is not None:
+        check_is_page(out)
     tokenizer, recipe = tokenizer_and_recipe(config)
-    data = {**config["data"], "on_error": "skip"}
+    # Each row once, also where an epoch has some more often.
+    data = {**config["data"], "on_error": "skip", "weights": None}
+    config = {**config, "data": data}
     with reading() as (tell, progress):
-        train, held_out = conversations({**config, "data": data}, tell)
+        look = partial(
+            inspect,
+            tokenizer=tokenizer,
+            recipe=recipe,
+            similarity=config["clean"]["similarity"],
+            progress=progress,
+        )
         try:
-            inspection = inspect(
-                {TRAIN: train, HELD_OUT: held_out},
-                tokenizer,
-                recipe,
-                config["clean"]["similarity"],
-                progress=progress,
-            )
+            inspection = look(dict(zip((TRAIN, HELD_OUT), conversations(config, tell), strict=True)))
         except UserError as error:
             if error.where != "data.eval_fraction":
                 raise
-            tell(f"all rows are shown as training rows, because {error.what}")
-            train, _ = conversations({**config, "data": {**data, "eval": data["train"]}})
-            inspection = inspect({TRAIN: train}, tokenizer, recipe, config["clean"]["similarity"])
-    print_report(inspection, data["train"])
+            tell(f"all rows are shown as training rows: {error.what}")
+            inspection = look({TRAIN: readings(config)[0]})
+    print_report(inspection, title)
     if out is not None:
-        write_report(inspection, data["train"], out)
+        write_report(inspection, title, out)
     return inspection
 
 

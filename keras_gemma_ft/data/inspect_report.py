@@ -72,9 +72,7 @@ def write_report(inspection: Inspection, title: str, path: Path) -> None:
     Raises:
         UserError: It cannot be written, or its name is not that of an HTML page.
     """
-    path = Path(path)
-    if path.suffix != ".html":
-        raise UserError("is no HTML page", where=str(path), remedy="give a name that ends in .html.")
+    path = check_is_page(path)
     page = _template().render(
         title=title,
         inspection=inspection,
@@ -99,6 +97,20 @@ def write_report(inspection: Inspection, title: str, path: Path) -> None:
         raise UserError(
             f"the page cannot be written ({error.strerror})", where=str(path), remedy="give another path."
         ) from error
+
+
+def check_is_page(path: str | Path) -> Path:
+    """Refuses a name that may be that of data.
+
+    Raises:
+        UserError: It is not that of an HTML page.
+    """
+    path = Path(path)
+    if path.suffix != ".html":
+        raise UserError(
+            "is not the name of an HTML page", where=str(path), remedy="give one that ends in .html."
+        )
+    return path
 
 
 def bars(histogram: Histogram, max_length: int) -> list[tuple[str, int, float, bool]]:

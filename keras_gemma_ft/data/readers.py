@@ -21,7 +21,7 @@ from typing import Any, Literal
 from keras_gemma_ft.data.columns import TextTemplate
 from keras_gemma_ft.data.files import NotHereError
 from keras_gemma_ft.data.row_layouts import Columns, RowLayout, row_layout
-from keras_gemma_ft.data.rows import Problem, Row
+from keras_gemma_ft.data.rows import Conversation, Problem, Row
 from keras_gemma_ft.data.sources import Source, Stream, find
 from keras_gemma_ft.data.split import Part, hold_out
 from keras_gemma_ft.data.validate import check
@@ -31,6 +31,7 @@ __all__ = ["Part", "Reading", "conversations", "fingerprints", "hold_out", "read
 
 OnError = Literal["stop", "skip"]
 Tell = Callable[[str], None]
+Repair = Callable[[Conversation], None]
 
 # The fields of `data` that decide what conversations a source gives.
 _SETTINGS = ("format", "layout", "prompt", "response", "messages", "template", "label", "weights")
@@ -84,6 +85,24 @@ def conversations(config: Mapping[str, Any], tell: Tell | None = None) -> tuple[
         UserError: The template, the weights or the names are malformed.
     """
     data = config["data"]
+    reading, holding = readings(config, tell)
+    training: Iterable[Row] = reading
+    held_out: Iterable[Row] | None = holding
+    if held_out is None:
+        training, held_out = hold_out(reading, data["eval_fraction"], config["seed"])
+    return (training if data["weights"] is None else Repeated(training)), held_out
+
+
+def readings(
+    config: Mapping[str, Any], tell: Tell | None = None, repair: Repair | None = None
+) -> tuple[Reading, Reading | None]:
+    """All rows that a config names for training, and those that it names for holding out, if it does.
+
+    Args:
+        config, tell: See `conversations`.
+        repair: Given each conversation before it is checked; changes what is to be corrected.
+    """
+    data = config["data"]
     question = None if data["template"] is None else TextTemplate(data["template"])
     columns = Columns(
         data["prompt"],
@@ -95,16 +114,15 @@ def conversations(config: Mapping[str, Any], tell: Tell | None = None) -> tuple[
     )
 
     def rows(sources: list[Source], weights: Sequence[float] | None = None) -> Reading:
-        return Reading(sources, columns, data["layout"], weights, config["seed"], data["on_error"], tell)
+        return Reading(
+            sources, columns, data["layout"], weights, config["seed"], data["on_error"], tell, repair
+        )
 
     train, held_out = _sources(data)
-    weights = _weights(data["weights"], len(train))
-    training: Iterable[Row] = rows(train, weights)
-    if held_out is not None:
-        holding: Iterable[Row] = rows(held_out)
-    else:
-        training, holding = hold_out(training, data["eval_fraction"], config["seed"])
-    return (training if weights is None else Repeated(training)), holding
+    return (
+        rows(train, _weights(data["weights"], len(train))),
+        None if held_out is None else rows(held_out),
+    )
 
 
 def fingerprints(
@@ -147,6 +165,7 @@ class Reading:
             twice. None: all once.
         seed: Which rows an epoch has more often.
         on_error, tell: See `read`.
+        repair: See `readings`.
     """
 
     def __init__(
@@ -158,6 +177,7 @@ class Reading:
         seed: int = 0,
         on_error: OnError = "stop",
         tell: Tell | None = None,
+        repair: Repair | None = None,
     ) -> None:
         self.sources = sources
         self._columns = columns
@@ -166,6 +186,7 @@ class Reading:
         self._seed = seed
         self._on_error = on_error
         self._tell = tell
+        self._repair = repair
         self._told: set[str] = set()
 
     def __iter__(self) -> Iterator[Row]:
@@ -193,6 +214,8 @@ class Reading:
                         layout = row_layout(self._layout, self._columns, record)
                         self._say(f"{stream.name}: {stream.format}, {layout.describe(record)}")
                     row = layout.conversation(record, origin)
+                    if self._repair is not None:
+                        self._repair(row)
                     check(row)
                 except UserError as error:
                     where = f"{origin}, {error.where}" if error.where else origin
