@@ -56,6 +56,12 @@ def _define_out(about: str) -> Callable[[flags.FlagValues], Any]:
     return lambda values: flags.DEFINE_string("out", None, about, flag_values=values)
 
 
+def _required(given: flags.FlagValues, name: str) -> str:
+    if not given[name].value:
+        raise UserError(f"--{name} is not given", remedy=f"add --{name}=…: {given[name].help}.")
+    return given[name].value
+
+
 # Name → what it does; a name of two words is a verb with a sub-verb. A verb stands here once it works.
 VERBS: dict[str, Verb] = {
     "data prepare": Verb(
@@ -69,6 +75,14 @@ VERBS: dict[str, Verb] = {
         "--config=tiny --config.data.train=train.jsonl [--out=report.html]",
         lambda config, given: _function("data.inspect")(config, given.out and Path(given.out)),
         _define_out("where to write the report as a page"),
+        takes_config=True,
+        has_workdir=False,
+    ),
+    "data clean": Verb(
+        "write a cleaned and divided copy of a dataset, and a log of every row dropped or changed",
+        "--config=tiny --config.data.train=train.jsonl --out=cleaned",
+        lambda config, given: _function("data.clean")(config, Path(_required(given, "out"))),
+        _define_out("the directory to write to; must not exist, or be empty"),
         takes_config=True,
         has_workdir=False,
     ),
