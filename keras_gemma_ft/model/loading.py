@@ -20,7 +20,8 @@ import numpy as np
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model.config import Gemma4Config
-from keras_gemma_ft.model.weights import Weight, table
+from keras_gemma_ft.model.weights import Weight
+from keras_gemma_ft.model.weights import table as weights_of
 from keras_gemma_ft.ops.quantize import Kind, QuantizedTensor, quantize, quantize_pieces
 
 Quantization = Mapping[str, Kind]
@@ -33,7 +34,7 @@ _IGNORED = re.compile(
     r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\.|lm_head\."
 )
 _SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
-_PIECE = 256 * 2**20  # bytes of an embedding table that are unquantized at a time
+_PIECE = 128 * 2**20  # bytes of an embedding table that are unquantized at a time
 
 
 class Source(Protocol):
@@ -99,7 +100,7 @@ class HFSource:
     def _check(self) -> tuple[str, ...]:
         """Every weight of the decoder is there in its shape, and nothing else but what may be ignored."""
         wanted = {}
-        for weight in table(self.config).values():
+        for weight in weights_of(self.config).values():
             for _, name in weight.hf_names():
                 wanted[self._prefix + name] = weight.shape
         for name, shape in wanted.items():
@@ -183,14 +184,27 @@ class RandomSource:
         self.dtype = dtype
         self.ignored: tuple[str, ...] = ()
         self._key = jax.random.key(seed)
-        self._places = {name: place for place, name in enumerate(table(config))}
+        self._places = {name: place for place, name in enumerate(weights_of(config))}
 
     def part(self, weight: Weight, index: tuple[int, ...]) -> jax.Array:
         if weight.use == "small" and weight.role != "router_proj":
             return jnp.ones(weight.shape, self.dtype)
         place = int(np.ravel_multi_index(index, weight.layers.shape)) if index else 0
         key = jax.random.fold_in(jax.random.fold_in(self._key, self._places[weight.name]), place)
+        if weight.use == "embedding":
+            return _RandomTable(key, weight.shape, np.dtype(self.dtype))
         return _normal(key, weight.shape, self.dtype)
+
+
+class _RandomTable:
+    """A table too large to be made at once: `table[start:end]` makes these rows."""
+
+    def __init__(self, key: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.shape, self.dtype, self._key = shape, dtype, key
+
+    def __getitem__(self, rows: slice) -> jax.Array:
+        start, stop, _ = rows.indices(self.shape[0])
+        return _normal(jax.random.fold_in(self._key, start), (stop - start, self.shape[1]), str(self.dtype))
 
 
 @jax.jit(static_argnums=(1, 2))
@@ -222,7 +236,7 @@ def load(
         dtype: Of what is not quantized.
         quantization: See `Quantization`; None: nothing is.
     """
-    for weight in table(source.config).values():
+    for weight in weights_of(source.config).values():
         yield weight.name, _load_one(source, weight, dtype, kind_of(weight, quantization))
 
 
@@ -255,12 +269,15 @@ _quantize = jax.jit(quantize, static_argnums=1)
 
 def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dtype: str) -> jax.Array:
     first = source.part(weight, indices[0])
+    if isinstance(first, _RandomTable):
+        table, row = jnp.zeros(weight.shape, dtype), 0
+        for piece in _pieces(first):
+            table, row = _put(table, piece, row), row + len(piece)
+        return table
     if isinstance(first, jax.Array):
-        if not weight.in_layers:
-            return first.astype(dtype)
         out = jnp.zeros((len(indices), *weight.shape), dtype)
         for place, index in enumerate(indices):
-            out = _put(out, source.part(weight, index), place)
+            out = _put(out, source.part(weight, index)[None], place)
         return out.reshape(weight.stacked_shape)
     stacked = np.empty(weight.stacked_shape, jnp.dtype(dtype))
     for index in indices:
@@ -270,7 +287,7 @@ def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dty
 
 @jax.jit(donate_argnums=0)
 def _put(out: jax.Array, part: jax.Array, place: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(out, part.astype(out.dtype), place, 0)
+    return jax.lax.dynamic_update_slice_in_dim(out, part.astype(out.dtype), place, 0)
 
 
 def _pieces(matrix: Any) -> Iterable[Any]:
