@@ -25,6 +25,7 @@ _BLOCK = 1 << 20  # characters read at once
 _BATCH_ROWS = 256  # of Parquet
 _BOM = b"\xef\xbb\xbf"
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as `surrogateescape` gives them
+_decode = json.JSONDecoder().decode
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -35,7 +36,7 @@ def json_lines(path: str) -> Generator[Record, None, None]:
         for number, line in enumerate(_lines(file), 1):
             if number == 1:
                 line = line.removeprefix(_BOM)
-            if line.strip():
+            if not line.isspace():
                 for empty in range(read + 1, number):
                     yield f"{path}:{empty}", _empty("line")
                 yield f"{path}:{number}", _object(line)
@@ -203,7 +204,7 @@ def _object(line: bytes) -> dict[str, Any] | UserError:
     if len(line) > LONGEST_ROW:
         return _too_long()
     try:
-        return _checked(json.loads(line.decode()))
+        return _checked(_decode(line.decode()))
     except UnicodeDecodeError as error:
         return _no_utf8(error.start + 1)
     except RecursionError:

@@ -184,7 +184,7 @@ def _chat(value: Any, name: str) -> list[Message]:
             where=f"column {name!r}",
             remedy='write [{"role": "user", "content": …}, {"role": "assistant", "content": …}].',
         )
-    if any(isinstance(message, dict) and "from" in message and "role" not in message for message in value):
+    if value and isinstance(value[0], dict) and "from" in value[0] and "role" not in value[0]:
         return [_sharegpt(message, number) for number, message in enumerate(value, 1)]
     return value
 

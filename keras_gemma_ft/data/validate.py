@@ -10,7 +10,7 @@ from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.data.template import Template
 from keras_gemma_ft.errors import UserError
 
-_PLAIN_ROLES = ("user", *MODEL_ROLES, *SYSTEM_ROLES)
+_OTHER_ROLES = ("user", *SYSTEM_ROLES)
 _TEMPLATE = Template(thinking="keep")  # shows, and so checks, all of a row
 
 
@@ -21,10 +21,10 @@ def check(conversation: Conversation) -> None:
         UserError: A message cannot be laid out, the model says nothing in one of its messages, or there is
             none of the model. `where` names the message, counting from 1.
     """
+    if _is_plainly_right(conversation):
+        return
     messages = conversation.messages
-    # The template itself judges what is not plainly right: it knows, and most rows need not wait for it.
-    if conversation.tools is not None or not isinstance(messages, list) or not all(map(_is_plain, messages)):
-        _TEMPLATE.script(messages, conversation.tools)
+    _TEMPLATE.script(messages, conversation.tools)
     answered = False
     for number, message in enumerate(messages, 1):
         if message["role"] in MODEL_ROLES:
@@ -43,15 +43,28 @@ def check(conversation: Conversation) -> None:
         )
 
 
-def _is_plain(message: Any) -> bool:
-    """Whether it is a known role with text and nothing more, which the template is sure to take."""
-    return (
-        isinstance(message, dict)
-        and len(message) == 2
-        and type(content := message.get("content")) is str
-        and (content.isascii() or _is_encodable(content))
-        and message.get("role") in _PLAIN_ROLES
-    )
+def _is_plainly_right(conversation: Conversation) -> bool:
+    """Whether each message is a known role with text and nothing more, and the model's say something.
+
+    Most rows are such: they need not wait for the template, which knows what is right.
+    """
+    messages = conversation.messages
+    if conversation.tools is not None or type(messages) is not list:
+        return False
+    answered = False
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return False
+        role, content = message.get("role"), message.get("content")
+        if type(content) is not str or not (content.isascii() or _is_encodable(content)):
+            return False
+        if role in MODEL_ROLES:
+            if not content or content.isspace():
+                return False
+            answered = True
+        elif role not in _OTHER_ROLES:
+            return False
+    return answered
 
 
 def _is_encodable(text: str) -> bool:
