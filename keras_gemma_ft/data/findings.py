@@ -199,7 +199,7 @@ def _same_in_both(table: Table) -> Finding | None:
         "error",
         table.at(leaked, say),
         "Held-out rows that ask exactly what a training row asks",
-        "Results on them say nothing about new questions. data clean keeps such rows on one side.",
+        "Results on them say nothing about new questions. data clean leaves no question on both sides.",
     )
 
 
@@ -223,7 +223,7 @@ def _alike_in_both(table: Table) -> Finding | None:
         "warning",
         table.at(leaked, say),
         "Held-out rows that ask nearly what a training row asks",
-        "Results on them flatter the model. data clean keeps near duplicates on one side of the split.",
+        "Results on them flatter the model. data clean leaves no near duplicates on both sides.",
     )
 
 

@@ -100,6 +100,7 @@ class Inspection:
         previews: What is remarkable about each, and the tokens.
         max_length: Tokens of a row.
         similarity: From which on questions count as alike.
+        folder: What the places of all rows begin with, up to the last slash; reports leave it out.
     """
 
     parts: dict[str, Part]
@@ -112,6 +113,7 @@ class Inspection:
     previews: list[tuple[str, Preview]]
     max_length: int
     similarity: float
+    folder: str
 
     def to_json(self) -> dict[str, Any]:
         """All but the previews, with every row that a finding names."""
@@ -172,6 +174,7 @@ def inspect(
         [(_PREVIEWS[name], preview) for name in _PREVIEWS for preview in previews.get(name, [])],
         recipe.max_length,
         similarity,
+        _folder([*table.origins, *(problem.where for problem in table.problems)]),
     )
 
 
@@ -216,6 +219,12 @@ def main(config: Mapping[str, Any], out: Path | None = None) -> Inspection:
     if out is not None:
         write_report(inspection, title, out)
     return inspection
+
+
+def _folder(places: list[str]) -> str:
+    first, last = min(places, default=""), max(places, default="")
+    same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: first.rfind("/", 0, same) + 1]
 
 
 def _part(counts: Counter[str], tokens: np.ndarray, max_length: int) -> Part:

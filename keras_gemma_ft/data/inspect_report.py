@@ -36,7 +36,7 @@ def reading(console: Console | None = None) -> Iterator[tuple[Callable[[str], No
     console = console or _console()
     with console.status("reading") as status:
         yield (
-            lambda line: console.print(line, markup=False),
+            lambda line: console.print(line, markup=False, soft_wrap=True),
             lambda rows: status.update(f"{rows:,} rows"),
         )
 
@@ -44,6 +44,7 @@ def reading(console: Console | None = None) -> Iterator[tuple[Callable[[str], No
 def print_report(inspection: Inspection, title: str, console: Console | None = None) -> None:
     """Prints an inspection."""
     console = console or _console()
+    short = _shortener(inspection)
     console.print(Text(f"\n{title}", style="bold"))
     console.print(_figures(inspection))
     for finding in inspection.findings:
@@ -52,7 +53,7 @@ def print_report(inspection: Inspection, title: str, console: Console | None = N
             Text.assemble((f"{mark} ", f"bold {style}"), (f"{finding.title}: {len(finding.rows):,}", "bold"))
         )
         for where, what in finding.rows[:_LISTED_IN_TERMINAL]:
-            console.print(Text(f"    {where}  {what}"), no_wrap=True, overflow="ellipsis")
+            console.print(Text(f"    {short(where)}  {short(what)}"), no_wrap=True, overflow="ellipsis")
         if len(finding.rows) > _LISTED_IN_TERMINAL:
             console.print(Text(f"    … and {len(finding.rows) - _LISTED_IN_TERMINAL:,} more", style="dim"))
         console.print(Text(f"  {finding.remedy}", style="dim"))
@@ -63,7 +64,7 @@ def print_report(inspection: Inspection, title: str, console: Console | None = N
         console.print(_classes(inspection))
     console.print(_sizes(inspection))
     for caption, preview in inspection.previews[:1]:
-        console.print(_preview(caption, preview))
+        console.print(_preview(short(preview.origin), caption, preview))
 
 
 def write_report(inspection: Inspection, title: str, path: Path) -> None:
@@ -74,6 +75,7 @@ def write_report(inspection: Inspection, title: str, path: Path) -> None:
     """
     path = check_is_page(path)
     page = _template().render(
+        short=_shortener(inspection),
         title=title,
         inspection=inspection,
         levels=[(level, sum(f.level == level for f in inspection.findings)) for level in _MARKS],
@@ -199,9 +201,9 @@ def _sizes(inspection: Inspection) -> Table:
     return table
 
 
-def _preview(caption: str, preview: Preview) -> Text:
+def _preview(place: str, caption: str, preview: Preview) -> Text:
     text = Text()
-    text.append(f"{preview.origin}{', which ' * bool(caption)}{caption}; ", "dim")
+    text.append(f"{place}{', which ' * bool(caption)}{caption}; ", "dim")
     text.append("trained", "bold green underline")
     text.append(f": {preview.trained} of {len(preview.tokens)} tokens\n", "dim")
     for token in preview.tokens[:_TOKENS_IN_TERMINAL]:
@@ -210,6 +212,11 @@ def _preview(caption: str, preview: Preview) -> Text:
     if len(preview.tokens) > _TOKENS_IN_TERMINAL:
         text.append(f"… {len(preview.tokens) - _TOKENS_IN_TERMINAL} more tokens", "dim")
     return text
+
+
+def _shortener(inspection: Inspection) -> Callable[[str], str]:
+    """Leaves the folder of the data out of a text."""
+    return lambda text: text.replace(inspection.folder, "") if inspection.folder else text
 
 
 def shown(token: PreviewToken) -> str:
