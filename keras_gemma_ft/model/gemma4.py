@@ -386,18 +386,29 @@ class _Projections:
             x: Their input.
             place: Number of the input within the layer; each has a dropout mask of its own.
         """
+        outputs = {role: linear(x, self.weights[role]) for role in roles}
+        adapted = [role for role in roles if role in self.adapters]
+        if adapted:
+            for role, change in zip(adapted, self._changes(adapted, x, place), strict=True):
+                outputs[role] = outputs[role] + change
+        return [checkpoint_name(outputs[role], "projection") for role in roles]
+
+    def _changes(self, roles: list[str], x: jax.Array, place: int) -> list[jax.Array]:
+        """scale · B A x of each role, in x's dtype; the factors are float32 and rounded to it here.
+
+        All A stand in one product, which reads x once.
+        """
         settings, key = self.layer.settings, self.layer.dropout_key
-        dropped = x
-        if key is not None and any(role in self.adapters for role in roles):
-            key = fold(fold(key, self.number), place)
-            dropped = dropout(x, settings.lora_dropout, key)
-        outputs = []
-        for role in roles:
-            out = linear(x, self.weights[role])
-            if role in self.adapters:
-                out = out + _adapter(dropped, self.adapters[role], settings.lora_scale)
-            outputs.append(checkpoint_name(out, "projection"))
-        return outputs
+        if key is not None:
+            x = dropout(x, settings.lora_dropout, fold(fold(key, self.number), place))
+        a = jnp.concatenate([self.adapters[role]["lora_a"] for role in roles])
+        # The scale goes to the smallest array there is.
+        low = linear(x, a.astype(x.dtype)) * jnp.asarray(settings.lora_scale, x.dtype)
+        parts = jnp.split(low, len(roles), axis=-1)
+        return [
+            linear(part, self.adapters[role]["lora_b"].astype(x.dtype))
+            for role, part in zip(roles, parts, strict=True)
+        ]
 
 
 def linear(x: jax.Array, weight: Matrix) -> jax.Array:
@@ -405,14 +416,6 @@ def linear(x: jax.Array, weight: Matrix) -> jax.Array:
     if isinstance(weight, QuantizedTensor):
         return quantize.linear(x, weight)
     return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-
-
-def _adapter(x: jax.Array, factors: Mapping[str, jax.Array], scale: float) -> jax.Array:
-    """scale · B A x, in x's dtype; the factors are kept in float32 and rounded to it here."""
-    a, b = factors["lora_a"], factors["lora_b"]
-    low = linear(x, a.astype(x.dtype))
-    # The scale goes to the smallest array there is.
-    return linear(low * jnp.asarray(scale, x.dtype), b.astype(x.dtype))
 
 
 def _attention(
@@ -456,9 +459,13 @@ def _feed_forward(project: _Projections, x: jax.Array) -> jax.Array:
 
 @partial(jax.checkpoint, prevent_cse=False)
 def _gelu_product(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """gelu(gate) · up with the tanh approximation, in float32 between."""
-    product = jax.nn.gelu(gate.astype(jnp.float32), approximate=True) * up.astype(jnp.float32)
-    return product.astype(gate.dtype)
+    """gelu(gate) · up with the tanh approximation, in float32 between.
+
+    (1 + tanh(u)) / 2 = sigmoid(2 u), which is fewer instructions.
+    """
+    x = gate.astype(jnp.float32)
+    gelu = x * jax.nn.sigmoid(2 * np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x * x * x))
+    return (gelu * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def _experts(layer: _Layer, w: Mapping[str, Any], x: jax.Array, normed: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.model.weights import Weight
 from keras_gemma_ft.model.weights import table as weights_of
+from keras_gemma_ft.ops.dropout import fold, mix
 from keras_gemma_ft.ops.quantize import Kind, QuantizedTensor, quantize, quantize_pieces
 
 Quantization = Mapping[str, Kind]
@@ -172,7 +173,7 @@ class _Safetensors:
 
 
 class RandomSource:
-    """Random weights, made on the device: matrices from N(0, 0.02²), norms and scalars 1.
+    """Random weights, made on the device: matrices uniform with deviation 0.02, norms and scalars 1.
 
     Args:
         config: Of the decoder.
@@ -183,17 +184,17 @@ class RandomSource:
         self.config = config
         self.dtype = dtype
         self.ignored: tuple[str, ...] = ()
-        self._key = jax.random.key(seed)
+        self._key = jnp.asarray([seed, 0], jnp.uint32)
         self._places = {name: place for place, name in enumerate(weights_of(config))}
 
     def part(self, weight: Weight, index: tuple[int, ...]) -> jax.Array:
         if weight.use == "small" and weight.role != "router_proj":
             return jnp.ones(weight.shape, self.dtype)
         place = int(np.ravel_multi_index(index, weight.layers.shape)) if index else 0
-        key = jax.random.fold_in(jax.random.fold_in(self._key, self._places[weight.name]), place)
+        key = fold(fold(self._key, self._places[weight.name]), place)
         if weight.use == "embedding":
             return _RandomTable(key, weight.shape, np.dtype(self.dtype))
-        return _normal(key, weight.shape, self.dtype)
+        return _uniform(key, weight.shape, self.dtype)
 
 
 class _RandomTable:
@@ -204,12 +205,15 @@ class _RandomTable:
 
     def __getitem__(self, rows: slice) -> jax.Array:
         start, stop, _ = rows.indices(self.shape[0])
-        return _normal(jax.random.fold_in(self._key, start), (stop - start, self.shape[1]), str(self.dtype))
+        return _uniform(fold(self._key, start), (stop - start, self.shape[1]), str(self.dtype))
 
 
 @jax.jit(static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return 0.02 * jax.random.normal(key, shape, dtype)
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    # The hash of dropout: a generator proper would take longer to compile than all else that makes a model.
+    index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    whole = mix(index * (key[1] | 1) + key[0]).astype(jnp.float32) * np.float32(2**-31) - 1
+    return (0.02 * math.sqrt(3) * whole).astype(dtype)
 
 
 def open_source(directory: str | Path) -> Source:

@@ -38,5 +38,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0:
         return x
     index = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-    kept = mix(mix(index + key[0]) ^ key[1]) >= np.uint32(rate * 2**32)
+    # An odd factor makes the indices of two keys meet in another order; the bijection then scatters them.
+    kept = mix(index * (key[1] | 1) + key[0]) >= np.uint32(rate * 2**32)
     return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
