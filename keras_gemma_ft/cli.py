@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from keras_gemma_ft.backend import require_jax
+from keras_gemma_ft.compilation import enable_cache
 from keras_gemma_ft.config import describe, known, validate, wrong_type
 from keras_gemma_ft.errors import UserError
 
@@ -102,6 +103,7 @@ def run() -> None:
     """The console script: never returns."""
     # Before anything reads it. Only what goes wrong is worth a line from TensorFlow's runtime.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    enable_cache()
     sys.exit(main(sys.argv[1:]))
 
 

@@ -322,9 +322,12 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "train.remat",
-        True,
-        "recompute activations in the backward pass instead of keeping them",
-        recommended="True unless memory is plenty",
+        "full",
+        "what the backward pass computes again: full keeps each layer's input; attention also what attention's "
+        "backward pass needs; matmuls also the projections' outputs; none keeps all; offload keeps each "
+        "layer's input in host memory",
+        choices=("full", "attention", "matmuls", "none", "offload"),
+        recommended="full to save memory; matmuls where memory is plenty",
     ),
     Field(
         "train.eval_every",

@@ -14,7 +14,7 @@ import keras
 from ml_collections import ConfigDict
 
 from keras_gemma_ft import checkpoint
-from keras_gemma_ft.config import validate, weights_quantization
+from keras_gemma_ft.config import validate
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate.files import read_json, write_json
 from keras_gemma_ft.train import workdir as directory
@@ -70,24 +70,12 @@ def main(config: ConfigDict, workdir: str | Path, *, resume: bool = False) -> Re
         examples = prepare_examples(config, place / "data", print)
 
         # -------------------------------------------------------------- model
+        from keras_gemma_ft.model.from_config import build_model
+
         model = build_model(config)
 
     # ------------------------------------------------------------------ steps, fit, result
     return fit(model, examples, config, place, resume=resume)
-
-
-def build_model(config: ConfigDict) -> keras.Model:
-    """The preset's model with adapters as the config says, all of it determined by `seed`."""
-    from keras_gemma_ft.model.causal_lm import GemmaCausalLM
-
-    keras.utils.set_random_seed(config.seed)
-    model = GemmaCausalLM.from_preset(
-        config.preset, quantization=weights_quantization(config), dtype=config.precision
-    )
-    if config.method != "full":
-        lora = config.lora
-        model.enable_lora(lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
-    return model
 
 
 def fit(
