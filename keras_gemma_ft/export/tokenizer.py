@@ -9,6 +9,7 @@ Face also matches first.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,10 +97,34 @@ def write_tokenizer(directory: Path, model: bytes, variant: str, max_length: int
     """
     tokenizer = from_sentencepiece(model)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
-    vocabulary = tokenizer.get_vocab()
-    write_json(directory / "tokenizer_config.json", tokenizer_config(vocabulary, max_length))
-    write_json(directory / "generation_config.json", generation_config(vocabulary))
-    (directory / "chat_template.jinja").write_text(chat_template(variant), encoding="utf-8")
+    complete_tokenizer(directory, tokenizer.get_vocab(), variant, max_length)
+
+
+def complete_tokenizer(directory: Path, vocabulary: Mapping[str, int], variant: str, max_length: int) -> None:
+    """Writes what a directory with tokenizer.json lacks, and leaves what it has as it is.
+
+    A base model's directory has no chat template, for example, and its generation stops at `<eos>` alone: a
+    generation_config.json gets the ids that it lacks.
+
+    Args:
+        directory: An existing directory.
+        vocabulary: Piece to id.
+        variant, max_length: As for `write_tokenizer`.
+    """
+    settings = directory / "tokenizer_config.json"
+    if not settings.is_file():
+        write_json(settings, tokenizer_config(vocabulary, max_length))
+    template = directory / "chat_template.jinja"
+    if not template.is_file() and "chat_template" not in json.loads(settings.read_text(encoding="utf-8")):
+        template.write_text(chat_template(variant), encoding="utf-8")
+    generation = directory / "generation_config.json"
+    ours = generation_config(vocabulary)
+    theirs = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    stops = theirs.get("eos_token_id", [])
+    stops = stops if isinstance(stops, list) else [stops]
+    missing = [stop for stop in ours["eos_token_id"] if stop not in stops]
+    if missing:
+        write_json(generation, {**(theirs or ours), "eos_token_id": stops + missing})
 
 
 def copy_tokenizer(preset: Path, directory: Path) -> list[str]:

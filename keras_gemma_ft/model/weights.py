@@ -8,7 +8,8 @@ out, in]. Matrices are [out, in] as in Hugging Face's files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,143 @@ MODEL_NAMES = {
     "per_layer_projection_norm": "per_layer_projection_norm.weight",
     "norm": "norm.weight",
 }
+# Ours → GGUF's, in the order of the two tables above; within a layer N, `blk.N.` stands in front.
+GGUF_NAMES = {
+    "embed_tokens": "token_embd.weight",
+    "embed_tokens_per_layer": "per_layer_token_embd.weight",
+    "per_layer_model_projection": "per_layer_model_proj.weight",
+    "per_layer_projection_norm": "per_layer_proj_norm.weight",
+    "norm": "output_norm.weight",
+    "input_layernorm": "attn_norm.weight",
+    "q_proj": "attn_q.weight",
+    "q_norm": "attn_q_norm.weight",
+    "k_proj": "attn_k.weight",
+    "k_norm": "attn_k_norm.weight",
+    "v_proj": "attn_v.weight",
+    "o_proj": "attn_output.weight",
+    "post_attention_layernorm": "post_attention_norm.weight",
+    "pre_feedforward_layernorm": "ffn_norm.weight",
+    "gate_proj": "ffn_gate.weight",
+    "up_proj": "ffn_up.weight",
+    "down_proj": "ffn_down.weight",
+    "post_feedforward_layernorm": "post_ffw_norm.weight",
+    "router_scale": "ffn_gate_inp.scale",
+    "router_proj": "ffn_gate_inp.weight",
+    "router_per_expert_scale": "ffn_down_exps.scale",
+    "experts_gate_up": "ffn_gate_up_exps.weight",
+    "experts_down": "ffn_down_exps.weight",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1.weight",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2.weight",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2.weight",
+    "per_layer_input_gate": "inp_gate.weight",
+    "per_layer_projection": "proj.weight",
+    "post_per_layer_input_norm": "post_norm.weight",
+    "layer_scalar": "layer_output_scale.weight",
+}
+# What transformers puts in front of a name: in a text decoder alone, and in a whole Gemma 4 with its towers.
+TEXT_PREFIX, WHOLE_PREFIX = "model.", "model.language_model."
+_PEFT_FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _MATRICES = (*ALL_LINEAR, "per_layer_input_gate", "per_layer_projection")
+
+
+@dataclass(frozen=True)
+class KerasHubWeight:
+    """Where a KerasHub `Gemma4Backbone` keeps a weight, and how it lies there.
+
+    Attributes:
+        variables: (layer, attribute, number among the layer's own variables), with the layer as a path from
+            the decoder block, or from the backbone. Two are the halves of our rows.
+        axes: What order of a variable's axes is ours, once the heads stand apart; None: its own.
+        heads: Which of our axes is heads × head_dim in one; there it is two.
+        file_layer: The layer's name in files of weights, where it is no attribute's.
+    """
+
+    variables: tuple[tuple[str, str, int], ...]
+    axes: tuple[int, ...] | None = None
+    heads: int | None = None
+    file_layer: str | None = None
+
+    def shape(self, ours: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
+        """Shape of a variable of this weight, whose shape with us is `ours`."""
+        apart = self._apart(ours, head_dim)
+        return apart if self.axes is None else tuple(apart[axis] for axis in np.argsort(self.axes))
+
+    def to_ours(self, variables: Sequence[np.ndarray], ours: tuple[int, ...]) -> np.ndarray:
+        """The weight, of shape `ours`, from its variables."""
+        parts = [array if self.axes is None else array.transpose(self.axes) for array in variables]
+        return parts[0].reshape(ours) if len(parts) == 1 else np.concatenate(parts, -2)
+
+    def from_ours(self, array: np.ndarray, head_dim: int) -> list[np.ndarray]:
+        """The variables that hold a weight."""
+        parts = np.split(array, len(self.variables), -2) if len(self.variables) > 1 else [array]
+        apart = self._apart(array.shape, head_dim)
+        order = range(len(apart)) if self.axes is None else np.argsort(self.axes)
+        return [part.reshape(apart).transpose(order) for part in parts]
+
+    def _apart(self, ours: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
+        if self.variables[0][1] == "layer_scalar":
+            return ()
+        if self.heads is not None:
+            heads = ours[self.heads] // head_dim
+            return (*ours[: self.heads], heads, head_dim, *ours[self.heads + 1 :])
+        if len(self.variables) > 1:
+            return (*ours[:-2], ours[-2] // len(self.variables), ours[-1])
+        return ours
+
+
+def _scale(layer: str, **file: str) -> KerasHubWeight:
+    return KerasHubWeight(((layer, "scale", 0),), **file)
+
+
+def _kernel(layer: str, **file: str) -> KerasHubWeight:
+    return KerasHubWeight(((layer, "kernel", 0),), (1, 0), **file)
+
+
+def _heads_out(layer: str) -> KerasHubWeight:
+    return KerasHubWeight(((layer, "kernel", 0),), (0, 2, 1), heads=0)  # [heads, in, head_dim]
+
+
+# Ours → KerasHub's (read in keras-hub 0.32, gemma4_decoder_block.py and gemma4_backbone.py). In files, layers
+# of the backbone are named by their class, and numbered where there are more.
+KERAS_HUB_WEIGHTS = {
+    "embed_tokens": KerasHubWeight(
+        (("token_embedding", "embeddings", 0),), file_layer="reversible_embedding"
+    ),
+    "embed_tokens_per_layer": KerasHubWeight(
+        (("per_layer_token_embedding", "embeddings", 0),), file_layer="embedding"
+    ),
+    "per_layer_model_projection": _kernel("per_layer_model_projection", file_layer="dense"),
+    "per_layer_projection_norm": _scale("per_layer_projection_norm", file_layer="rms_normalization"),
+    "norm": _scale("layer_norm", file_layer="rms_normalization"),  # the second one where there is the other
+    "input_layernorm": _scale("pre_attention_norm"),
+    "q_proj": _heads_out("attention/query_dense"),
+    "q_norm": _scale("attention/query_norm"),
+    "k_proj": _heads_out("attention/key_dense"),
+    "k_norm": _scale("attention/key_norm"),
+    "v_proj": _heads_out("attention/value_dense"),
+    # [heads, head_dim, out]
+    "o_proj": KerasHubWeight((("attention/output_dense", "kernel", 0),), (2, 0, 1), heads=1),
+    "post_attention_layernorm": _scale("post_attention_norm"),
+    "pre_feedforward_layernorm": _scale("pre_ffw_norm"),
+    "gate_proj": _kernel("gating_ffw"),
+    "up_proj": _kernel("gating_ffw_2"),
+    "down_proj": _kernel("ffw_linear"),
+    "post_feedforward_layernorm": _scale("post_ffw_norm"),
+    "router_scale": KerasHubWeight((("moe_router", "per_dim_scale", 0),)),
+    "router_proj": _kernel("moe_router/proj"),
+    "router_per_expert_scale": KerasHubWeight((("moe_expert_bank", "per_expert_scale", 3),)),
+    "experts_gate_up": KerasHubWeight(
+        (("moe_expert_bank", "gate_proj", 0), ("moe_expert_bank", "up_proj", 1)), (0, 2, 1)
+    ),
+    "experts_down": KerasHubWeight((("moe_expert_bank", "down_proj", 2),), (0, 2, 1)),
+    "post_feedforward_layernorm_1": _scale("post_ffw_norm_dense"),
+    "pre_feedforward_layernorm_2": _scale("pre_ffw_norm_moe"),
+    "post_feedforward_layernorm_2": _scale("post_ffw_norm_moe_path"),
+    "per_layer_input_gate": _kernel("per_layer_input_gate"),
+    "per_layer_projection": _kernel("per_layer_up_proj"),
+    "post_per_layer_input_norm": _scale("post_per_layer_input_norm"),
+    "layer_scalar": KerasHubWeight((("", "layer_scalar", 0),)),
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +239,22 @@ class Weight:
             return
         for index in np.ndindex(self.layers.shape):
             yield index, f"layers.{self.layers[index]}.{LAYER_NAMES[self.role]}"
+
+    def peft_names(self, factor: str, prefix: str = TEXT_PREFIX) -> Iterator[tuple[tuple[int, ...], str]]:
+        """(index in the stack, PEFT's name) of each part of an adapter's `lora_a` or `lora_b`.
+
+        Args:
+            factor: Which.
+            prefix: `TEXT_PREFIX`, or `WHOLE_PREFIX` for an adapter on a model with towers.
+        """
+        for index, name in self.hf_names():
+            module = name.removesuffix(".weight")
+            yield index, f"base_model.model.{prefix}{module}.{_PEFT_FACTORS[factor]}.weight"
+
+    def gguf_name(self, index: tuple[int, ...]) -> str:
+        """llama.cpp's name of one part."""
+        name = GGUF_NAMES[self.role]
+        return f"blk.{self.layers[index]}.{name}" if self.in_layers else name
 
 
 def table(config: Gemma4Config) -> dict[str, Weight]:
@@ -186,6 +339,19 @@ def _layer_shapes(config: Gemma4Config, kind: LayerKind) -> dict[str, tuple[int,
             "post_per_layer_input_norm": (hidden,),
         }
     return shapes | {"layer_scalar": (1,)}
+
+
+def peft_target_modules(roles: Iterable[str], prefix: str = TEXT_PREFIX) -> list[str] | str:
+    """PEFT's `target_modules` for the matrices of `roles`.
+
+    In a whole Gemma 4 the towers have modules of the same names, so there it is a regular expression that
+    matches the text decoder's alone.
+    """
+    chosen = sorted(set(roles), key=list(LAYER_NAMES).index)
+    if prefix == TEXT_PREFIX:
+        return chosen
+    modules = "|".join(re.escape(LAYER_NAMES[role].removesuffix(".weight")) for role in chosen)
+    return rf"{re.escape(prefix)}layers\.\d+\.({modules})"
 
 
 def lora_targets(config: Gemma4Config, targets: str | tuple[str, ...] = "all-linear") -> list[Weight]:
