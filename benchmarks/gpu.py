@@ -146,7 +146,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         logged.append(logs["loss"])
     losses += [float(loss) for loss in logged]
     seconds = (time.perf_counter() - began_steps) / steps
-    kernels = profiled(lambda: step(state, batch)) if case.get("profile") else {}
+    kernels = {}
+    if case.get("profile"):
+        kernels = profiled(lambda: step(state, batch), exact="program" in case)
+    if "program" in case:
+        Path(case["program"]).write_text(step.as_text(), encoding="utf-8")
     tokens = rows * length
     memory = jax.local_devices()[0].memory_stats() or {}
     analysis = step.memory_analysis()
@@ -171,8 +175,13 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profiled(run: Any) -> dict[str, Any]:
-    """Where one step's time goes: milliseconds by kernel name without numbers, the longest first."""
+def profiled(run: Any, exact: bool) -> dict[str, Any]:
+    """Where one step's time goes: milliseconds and calls by kernel, the longest first.
+
+    Args:
+        run: Makes the step.
+        exact: Kernels by their full names, as the compiled program has them; else without their numbers.
+    """
     import collections
     import re
     import tempfile
@@ -192,13 +201,13 @@ def profiled(run: Any) -> dict[str, Any]:
                 if not line.name.startswith("Stream"):
                     continue
                 for event in line.events:
-                    entry = times[re.sub(r"[_.]?\d+", "", event.name)[:70]]
+                    entry = times[event.name if exact else re.sub(r"[_.]?\d+", "", event.name)[:70]]
                     entry[0] += event.duration_ns / 1e6
                     entry[1] += 1
     longest = sorted(times.items(), key=lambda item: -item[1][0])
     return {
         "kernel_ms": round(sum(time for time, _ in times.values()), 1),
-        "kernels": {name: [round(time, 2), count] for name, (time, count) in longest[:40]},
+        "kernels": {name: [round(time, 2), count] for name, (time, count) in longest[: 400 if exact else 40]},
     }
 
 

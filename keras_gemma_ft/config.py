@@ -323,9 +323,9 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "train.remat",
         "full",
-        "what the backward pass computes again: full keeps each layer's input; attention also what attention's "
-        "backward pass needs; matmuls also the projections' outputs; none keeps all; offload keeps each "
-        "layer's input in host memory",
+        "what the backward pass computes again: full keeps each layer's input; attention also what "
+        "attention's backward pass needs; matmuls also the projections' outputs; none keeps all; offload "
+        "keeps each layer's input in host memory",
         choices=("full", "attention", "matmuls", "none", "offload"),
         recommended="full to save memory; matmuls where memory is plenty",
     ),
