@@ -12,18 +12,18 @@ from ml_collections import ConfigDict
 
 from keras_gemma_ft.config import BY_NAME, config_from
 from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.json_files import read_json
 
-# Beside the package in a clone, inside it where it was installed.
-_SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
+_INSTALLED = Path(__file__).parent / "configs"  # from a wheel; in a clone, beside the package
+_SHIPPED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the project, by name: `tiny`, `data/gsm8k`."""
     return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for folder in _SHIPPED
+        path.relative_to(_SHIPPED).with_suffix("").as_posix(): path
         for pattern in ("[!_]*.py", "data/[!_]*.py")
-        for path in sorted(folder.glob(pattern))
+        for path in sorted(_SHIPPED.glob(pattern))
     }
 
 
@@ -70,8 +70,6 @@ def read_run_config(workdir: str | Path) -> ConfigDict:
     Raises:
         UserError: The directory holds no run, or its config.json is faulty.
     """
-    from keras_gemma_ft.evaluate.files import read_json
-
     path = Path(workdir).expanduser() / "config.json"
     if not path.is_file():
         raise UserError(

@@ -14,9 +14,9 @@ import numpy as np
 from keras_gemma_ft.data.rows import Conversation, Message
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate.examples import Example, text_of
-from keras_gemma_ft.evaluate.files import write_json, write_lines
 from keras_gemma_ft.evaluate.statistics import Comparison, Metric, compare, ratio_metric
 from keras_gemma_ft.evaluate.tasks import Outcome, Task, TaskScores, build_task
+from keras_gemma_ft.json_files import write_json, write_lines
 
 _WORST = 20
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.evaluate.compare import Evaluation, Model, evaluate_models
-from keras_gemma_ft.evaluate.files import read_lines
 from keras_gemma_ft.evaluate.table import shown
+from keras_gemma_ft.json_files import read_lines
 
 # Nats a token: a loss 0.05 higher makes the expected answers' tokens 5% less likely, which is small beside
 # what a tuned style costs by itself.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.evaluate.files import read_json, read_lines, write_json, write_text
 from keras_gemma_ft.evaluate.report import template
+from keras_gemma_ft.json_files import read_json, read_lines, write_json, write_text
 
 CHOICES = ("A", "B", "tie", "neither")
 KEY = "human_key.json"

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_gemma_ft.evaluate import plots
-from keras_gemma_ft.evaluate.files import finite, write_json, write_text
 from keras_gemma_ft.evaluate.run_record import PARTS, RunRecord, read_run
 from keras_gemma_ft.evaluate.statistics import Comparison, Interval
 from keras_gemma_ft.evaluate.table import judged, shown, shown_change, shown_interval, shown_p
+from keras_gemma_ft.json_files import finite, write_json, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.evaluate.files import read_json, read_lines
+from keras_gemma_ft.json_files import read_json, read_lines
 
 # What each file of a run directory gives to the report.
 PARTS: Mapping[str, str] = {

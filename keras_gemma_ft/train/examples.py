@@ -13,7 +13,7 @@ from keras_gemma_ft.data.dataset import MANIFEST, PackedDataset
 from keras_gemma_ft.data.from_config import tokenizer_and_recipe
 from keras_gemma_ft.data.prepare import findings, prepare
 from keras_gemma_ft.data.readers import conversations, fingerprints
-from keras_gemma_ft.evaluate.files import read_json
+from keras_gemma_ft.json_files import read_json
 from keras_gemma_ft.train import workdir as directory
 
 

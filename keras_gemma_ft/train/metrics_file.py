@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from keras_gemma_ft.evaluate.files import finite
+from keras_gemma_ft.json_files import finite
 
 
 class MetricsFile:

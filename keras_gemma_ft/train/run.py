@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from keras_gemma_ft import checkpoint
 from keras_gemma_ft.config import validate
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.evaluate.files import read_json, write_json
+from keras_gemma_ft.json_files import read_json, write_json
 from keras_gemma_ft.train import workdir as directory
 from keras_gemma_ft.train.advice import Settings, as_lines, before_training
 from keras_gemma_ft.train.batches import Batches

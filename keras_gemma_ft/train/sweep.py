@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.evaluate.files import finite, read_json, read_lines, write_json, write_text
+from keras_gemma_ft.json_files import finite, read_json, read_lines, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

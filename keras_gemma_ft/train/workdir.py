@@ -16,7 +16,7 @@ from typing import Any
 
 from keras_gemma_ft.config import config_from, flatten
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.evaluate.files import read_json
+from keras_gemma_ft.json_files import read_json
 
 # What a resumed run may change: nothing that the batches, the schedule or the weights depend on.
 _MAY_CHANGE = ("train.eval_every", "train.on_overfitting", "task.kind")

@@ -6,7 +6,7 @@ import pytest
 
 from keras_gemma_ft.config import default_config
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.evaluate.files import write_json
+from keras_gemma_ft.json_files import write_json
 from keras_gemma_ft.train import workdir
 
 
