@@ -14,8 +14,8 @@ def enable_cache(environment: MutableMapping[str, str] = os.environ) -> None:
 
     $KERAS_GEMMA_FT_CACHE names another directory, or is "off". A directory given to JAX itself stays. JAX
     looks a program up by its text, its options, the device and the compiler's version: what is found is what
-    would have been compiled. Programs that took less than a second are not kept; a directory that cannot be written
-    to costs a warning from JAX and nothing else.
+    would have been compiled. Programs that took less than a second are not kept; a directory that cannot be
+    written to costs a warning from JAX and nothing else.
     """
     given = environment.get(VARIABLE, "")
     if given.lower() == "off":
