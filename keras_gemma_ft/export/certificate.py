@@ -170,10 +170,10 @@ def _difference(ours: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 def _versions() -> dict[str, str]:
     import jax
 
-    import keras_gemma_ft
+    from keras_gemma_ft import __version__
 
     return {
-        "keras_gemma_ft": keras_gemma_ft.__version__,
+        "keras_gemma_ft": __version__,
         "jax": jax.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
