@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from keras_gemma_ft.data.rows import Conversation, Message
+from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate.examples import Example, text_of
 from keras_gemma_ft.evaluate.statistics import Comparison, Metric, compare, ratio_metric
@@ -24,8 +24,8 @@ _WORST = 20
 class Model(Protocol):
     """What evaluation asks of a model; base and tuned may be one model with its adapter off and on."""
 
-    def generate(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
-        """Greedy answers to message lists, without their stop tokens."""
+    def generate(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        """Greedy answers to conversations that end where the model is to speak, without their stop tokens."""
 
     def score(self, conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
         """Per conversation, float `[rows]` the summed loss in nats and int `[rows]` the supervised tokens."""
@@ -200,7 +200,7 @@ def _evaluate_one(
     confidences: list[float | None] = [None] * len(examples)
     if task.generates:
         start = time.perf_counter()
-        texts = [text.strip() for text in model.generate([row.prompt for row in examples], max_new_tokens)]
+        texts = [text.strip() for text in model.generate([row.asked for row in examples], max_new_tokens)]
         seconds[f"{name}_answers"] = time.perf_counter() - start
         if calibrate:
             start = time.perf_counter()

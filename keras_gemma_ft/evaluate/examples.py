@@ -21,12 +21,14 @@ class Example:
         reference: The text of the last model turn, stripped.
         origin: Where the row came from ("test.jsonl:7").
         constraints: What an answer must satisfy, see `instructions.py`; empty where nothing was asked.
+        tools: Declarations that the model is shown; None: there are none.
     """
 
     prompt: tuple[Message, ...]
     reference: str
     origin: str = ""
     constraints: Mapping[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
 
     @classmethod
     def from_conversation(cls, conversation: Conversation) -> Example:
@@ -46,7 +48,13 @@ class Example:
                 where=conversation.origin or None,
                 remedy="add the expected answer as the last message (role 'model'), or remove the row.",
             )
-        return cls(tuple(prompt), reference, conversation.origin, last.get("constraints") or {})
+        constraints = last.get("constraints") or {}
+        return cls(tuple(prompt), reference, conversation.origin, constraints, conversation.tools)
+
+    @property
+    def asked(self) -> Conversation:
+        """What the model is given to answer."""
+        return Conversation(list(self.prompt), self.origin, tools=self.tools)
 
     @property
     def question(self) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from keras_gemma_ft.data.rows import Conversation, Message
+from keras_gemma_ft.data.rows import Conversation
 
 Batch = dict[str, np.ndarray]
 _SHORTEST = 64
@@ -40,7 +40,7 @@ class ModelView:
 
     def __init__(
         self,
-        generate: Callable[[Sequence[Sequence[Message]], int], list[str]],
+        generate: Callable[[Sequence[Conversation], int], list[str]],
         losses: Callable[[Batch], np.ndarray],
         encode: Callable[[Conversation], EncodedConversation],
         *,
@@ -53,8 +53,8 @@ class ModelView:
         self._batch_tokens = batch_tokens
         self._view = view
 
-    def generate(self, prompts: Sequence[Sequence[Message]], max_new_tokens: int) -> list[str]:
-        """Greedy answers to message lists."""
+    def generate(self, prompts: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        """Greedy answers to conversations that end where the model is to speak."""
         with self._view():
             return self._generate(prompts, max_new_tokens)
 

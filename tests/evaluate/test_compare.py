@@ -22,7 +22,7 @@ class Fake:
 
     def generate(self, prompts, max_new_tokens):
         self.calls.append(("generate", len(prompts), max_new_tokens))
-        return [self.answer(prompt[-1]["content"]) for prompt in prompts]
+        return [self.answer(prompt.messages[-1]["content"]) for prompt in prompts]
 
     def score(self, conversations):
         self.calls.append(("score", len(conversations)))

@@ -74,6 +74,6 @@ def test_both_ways_of_asking_happen_inside_the_view():
         return np.zeros(len(batch["token_ids"]))
 
     view = ModelView(generate, losses, encode, view=base)
-    assert view.generate([[{"role": "user", "content": "q"}]], 4) == ["a"]
+    assert view.generate([Conversation([{"role": "user", "content": "q"}], "")], 4) == ["a"]
     view.score([conversation(3)])
     assert inside == [True, False] * 2
