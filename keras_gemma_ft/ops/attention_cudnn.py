@@ -6,6 +6,8 @@ same size. While that is small it costs little (H200, jax 0.11.2, [4, 2048, 8 he
 jax.nn takes the segments themselves, and what it makes of them differs between JAX versions.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -35,19 +37,47 @@ def attention(
         raise NotImplementedError(f"the backward pass with a mask needs an even length, got {T}")
     if B * T * T * q.dtype.itemsize > LARGEST_MASK:
         raise NotImplementedError(f"the segments' mask of {B} x {T} x {T} would take too much memory")
-    real = segment_ids != 0
     try:
-        out = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            mask=(segment_ids[:, None, :, None] == segment_ids[:, None, None, :]),
-            scale=1.0,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
-        )
+        out = _fused(window, q, k, v, segment_ids)
     except RuntimeError as reason:  # what jax raises where no cuDNN is installed
         raise NotImplementedError(str(reason)) from reason
     # Padding attends to padding: finite, and neither its values nor its gradients leave here.
-    return checkpoint_name(jnp.where(real[:, :, None, None], out, 0), RESIDUALS)
+    return jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    return _call(window, q, k, v, segment_ids)
+
+
+def _call(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=(segment_ids[:, None, :, None] == segment_ids[:, None, None, :]),
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _forward(window, q, k, v, segment_ids):
+    out, backward = jax.vjp(lambda q, k, v: _call(window, q, k, v, segment_ids), q, k, v)
+    # What jax's backward pass needs is the output and the softmax's statistics, in float32. jax does not name
+    # them, and without names a policy that saves RESIDUALS would run the kernel again.
+    named = checkpoint_name(out, RESIDUALS)
+    leaves, structure = jax.tree.flatten(backward)
+    leaves = [
+        named if leaf is out else checkpoint_name(leaf, RESIDUALS) if leaf.dtype == jnp.float32 else leaf
+        for leaf in leaves
+    ]
+    return named, jax.tree.unflatten(structure, leaves)
+
+
+def _backward(window, backward, d_out):
+    return *backward(d_out), None
+
+
+_fused.defvjp(_forward, _backward)

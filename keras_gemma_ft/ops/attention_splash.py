@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from keras_gemma_ft.ops.attention_mask import RESIDUALS
 
@@ -62,8 +61,9 @@ def splash_attention(
         heads_first(q), heads_first(k), heads_first(v), splash.SegmentIds(segments, segments)
     )
     out = out.swapaxes(1, 2)[:, :length]
-    # Padding attends to padding: finite, and neither its values nor its gradients leave here.
-    return checkpoint_name(jnp.where((segment_ids != 0)[:, :, None, None], out, 0), RESIDUALS)
+    # Padding attends to padding: finite, and neither its values nor its gradients leave here. The kernel
+    # names its residuals itself, its output among them.
+    return jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
 
 
 @cache

@@ -12,6 +12,7 @@ import pytest
 
 from keras_gemma_ft.ops import (
     attention_blocks,
+    attention_cudnn,
     attention_pallas,
     attention_reference,
     attention_splash,
@@ -307,6 +308,57 @@ def test_remat_that_saves_the_residuals_does_not_run_the_forward_kernel_again():
 
     assert not runs_again(jax.checkpoint_policies.save_only_these_names(RESIDUALS))
     assert runs_again(jax.checkpoint_policies.nothing_saveable)
+
+
+def test_remat_that_saves_the_residuals_does_not_run_cudnn_again(monkeypatch):
+    """Traced only: what jax asks of the machine while it traces is answered for it."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    given = inputs(4, 2, 16, length=78, dtype="bfloat16")
+    rung = partial(attention_cudnn.attention, segment_ids=given.segment_ids, window=16)
+
+    def runs(policy) -> int:
+        layer = jax.checkpoint(
+            lambda q, k, v: rung(jnp.sin(q), k, v).astype(jnp.float32).sum(), policy=policy
+        )
+        program = str(jax.make_jaxpr(jax.grad(layer, argnums=(0, 1, 2)))(*given[:3]))
+        return program.count("dot_product_attention_fwd")
+
+    assert runs(jax.checkpoint_policies.save_only_these_names(RESIDUALS)) == 1
+    assert runs(jax.checkpoint_policies.nothing_saveable) == 2
+
+
+@pytest.mark.parametrize("rung", ["xla", "pallas", "splash"])
+def test_remat_that_saves_the_residuals_saves_the_output_once(rung):
+    run = {**CANDIDATES, "splash": partial(attention_splash.attention, interpret=True)}[rung]
+    segments = jnp.ones((2, 256), jnp.int32)
+    wide, narrow = (jax.ShapeDtypeStruct((2, 256, heads, 128), "bfloat16") for heads in (4, 2))
+
+    def kept(q, k, v):
+        layer = jax.checkpoint(
+            lambda q, k, v: jnp.square(run(jnp.sin(q), k, v, segment_ids=segments, window=64)),
+            policy=jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+        )
+        return jax.vjp(layer, q, k, v)[1]
+
+    sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(kept, wide, narrow, narrow))]
+    assert sizes.count(wide.size) == 2, "q and the output"
+
+
+def test_the_cudnn_rung_hands_on_values_and_gradients(monkeypatch):
+    """With jax's plain implementation in place of the library's kernel."""
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *arrays, implementation, **how: plain(*arrays, **how, implementation="xla"),
+    )
+    given = inputs(4, 2, 16, length=78, dtype="bfloat16")
+    found = values_and_gradients(attention_cudnn.attention, given, 16)
+    assert_close(found, reference(16, 4, 2, 16, length=78, dtype="bfloat16"), "bfloat16")
 
 
 # --- The ladder ---------------------------------------------------------------------------------------------
