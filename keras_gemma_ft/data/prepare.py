@@ -119,6 +119,8 @@ def findings(manifest: Mapping[str, Any]) -> list[str]:
     }
     of = f"of {counts['conversations']:,} conversations"
     lines = [f"{counts[name]:,} {of} {said}." for name, said in sentences.items() if counts[name]]
+    if counts["skipped"]:
+        lines[0] += f" The first: {manifest['problems'][0].splitlines()[0]}"
     if counts["cut_model_turns"]:
         lines.append(
             f"{counts['cut_model_turns']:,} model turns lost their end (<turn|>) and teach no stopping."
@@ -182,9 +184,12 @@ def _nothing_to_train(counts: Counter[str], problems: Sequence[Problem], recipe:
             f"{recipe.max_length} tokens",
             remedy="raise data.max_length, or choose another data.truncation.",
         )
-    first = f"; the first: {problems[0].what}" if problems else ""
+    if problems:
+        first = problems[0]
+        return UserError(
+            f"no token of the dataset is trained; the first: {first.what}", first.where, first.remedy
+        )
     return UserError(
-        f"no token of the dataset is trained{first}",
-        where=problems[0].where if problems else None,
+        "no token of the dataset is trained",
         remedy="every conversation needs an answer of role assistant (or model).",
     )

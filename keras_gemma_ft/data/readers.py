@@ -136,7 +136,7 @@ def fingerprints(
         tell: Given a line for each of those.
 
     Raises:
-        UserError: A source cannot be read.
+        UserError: A source cannot be read, or is both trained on and held out.
     """
     data = config["data"]
     train, held_out = _sources(data)
@@ -150,6 +150,14 @@ def fingerprints(
             hashes[source.name] = (known or {})[source.name]
             if tell is not None:
                 tell(f"{source.name}: {error.what}; the rows that were prepared from it are used")
+    trained = {hashes[source.name] for source in train}
+    for source in held_out or []:
+        if hashes[source.name] in trained:
+            raise UserError(
+                f"the rows of {source.name} are training data, too",
+                where="data.eval",
+                remedy="give rows that are not trained on.",
+            )
     settings = {name: data[name] for name in _SETTINGS} | {"task": config["task"]["kind"]}
     return {**hashes, "read as": json.dumps(settings)}
 
@@ -262,10 +270,6 @@ def _sources(data: Mapping[str, Any]) -> tuple[list[Source], list[Source] | None
     if data["eval"] is None:
         return train, None
     held_out = find(data["eval"], data["format"], data["data_dir"])
-    for twice in {source.name for source in train} & {source.name for source in held_out}:
-        raise UserError(
-            f"{twice} is training data, too", where="data.eval", remedy="give rows that are not trained on."
-        )
     return train, held_out
 
 

@@ -107,6 +107,12 @@ def row_layout(name: str, columns: Columns, record: Mapping[str, Any]) -> RowLay
         UserError: They tell none.
     """
     found = columns.found_in(record)
+    if name in ("messages", "alpaca") and columns.template is not None:
+        raise UserError(
+            f"the layout {name} has its own questions",
+            where="data.template",
+            remedy="leave it out, or set data.layout to prompt_response.",
+        )
     if name != "auto":
         return RowLayout(name, found)
     # Columns that were asked for by name come before those that a row happens to have.

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from keras_gemma_ft.data.layout import MODEL_ROLES
-from keras_gemma_ft.data.rows import Conversation, Row
+from keras_gemma_ft.data.rows import Conversation, Problem, Row
 from keras_gemma_ft.errors import UserError
 
 # Rows of so much text (some 200 MB of memory) are kept when they are read to be divided; larger input is read
@@ -37,7 +37,7 @@ def hold_out(rows: Iterable[Row], fraction: float, seed: int) -> tuple[Part, Par
         training part, to be counted there. Nothing is read before the first part is iterated.
 
     Raises:
-        UserError: When the first part is iterated: all rows ask the same, so nothing can be held out.
+        UserError: When the first part is iterated: all rows ask the same, or are problems.
     """
     division = _Division(rows, fraction, seed)
     return Part(division, held_out=False), Part(division, held_out=True)
@@ -74,6 +74,7 @@ class _Division:
         """bool [rows]; False for problems."""
         questions, answers, places = array("Q"), array("Q"), array("Q")
         count = characters = 0
+        problem: Problem | None = None
         for count, row in enumerate(self._rows, 1):
             if self._kept is not None:
                 self._kept.append(row)
@@ -85,6 +86,11 @@ class _Division:
                 questions.append(question)
                 answers.append(answer)
                 places.append(count - 1)
+            else:
+                problem = problem or row
+        if problem is not None and not places:
+            error = problem.error()
+            raise UserError(f"no row can be trained on; the first: {error.what}", error.where, error.remedy)
         chosen = np.zeros(count, bool)
         at = np.frombuffer(places, np.uint64).astype(np.int64)
         group_of = _numbered(np.frombuffer(questions, np.uint64))

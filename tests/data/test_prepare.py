@@ -171,7 +171,8 @@ def test_bad_conversations_are_skipped_and_counted(tmp_path, tokenizer):
     assert [counts[name] for name in ("conversations", "skipped", "dropped", "examples")] == [4, 2, 1, 1]
     assert [problem.split(":")[1][0] for problem in dataset.manifest["problems"]] == ["2", "3"]
     assert findings(dataset.manifest) == [
-        "2 of 4 conversations could not be trained on and were left out.",
+        "2 of 4 conversations could not be trained on and were left out. The first: train.jsonl:2, "
+        "message 2: unknown role 'critic'",
         "1 of 4 conversations were left out: longer than 128 tokens.",
     ]
 

@@ -77,7 +77,8 @@ def test_rows_are_prepared_counted_and_used_where_their_source_is_not(tmp_path, 
     assert made.returncode == 0, made.stderr
     assert made.stdout.splitlines()[:2] == [
         f"{source}: CSV, 'question' answered by 'answer'",
-        "train data: 1 of 90 conversations could not be trained on and were left out.",
+        "train data: 1 of 90 conversations could not be trained on and were left out. "
+        f"The first: {source}:42, column 'answer': is empty",
     ]
     assert "training: 89 of 90 conversations in" in made.stdout
     assert "held out: 10 of 10 conversations in" in made.stdout

@@ -96,6 +96,8 @@ def test_a_wrong_guess_is_overridden(folder):
     (folder / "a.jsonl").write_bytes(lines([both]))
     assert answers(read("a.jsonl")) == ["m"]
     assert answers(read("a.jsonl", layout="alpaca")) == ["o"]
+    with pytest.raises(UserError, match="layout alpaca has its own questions"):
+        list(read("a.jsonl", layout="alpaca", template="{instruction}"))
 
 
 ARRAYS = {
@@ -432,9 +434,9 @@ def test_held_out_rows_of_their_own(config):
     config.data.train, config.data.eval = "a.jsonl", "b.jsonl"
     train, held_out = conversations(config)
     assert (len(answers(train)), len(answers(held_out))) == (30, 60)
-    config.data.eval = "b.jsonl,a.jsonl"
-    with pytest.raises(UserError, match=r"data\.eval: a\.jsonl is training data, too"):
-        conversations(config)
+    config.data.eval = "b.jsonl,./a.jsonl"
+    with pytest.raises(UserError, match=r"data\.eval: the rows of \./a\.jsonl are training data, too"):
+        fingerprints(config)
 
 
 def test_answers_are_labels_of_a_classification(config):

@@ -96,6 +96,15 @@ def test_one_question_alone_cannot_be_divided():
     assert "data.eval" in caught.value.remedy
 
 
+def test_problems_alone_are_an_error():
+    problem = Problem("is wrong", "train.jsonl:9", "correct it.")
+    train, _ = hold_out([problem] * 3, 0.2, seed=0)
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:9: no row can be trained on; the first: is wrong\n  correct"
+    ):
+        list(train)
+
+
 def test_problems_are_trainings(twins):
     problem = Problem("is wrong", "train.jsonl:9", None)
     train, held_out = hold_out([problem, *twins, problem], 0.2, seed=0)
