@@ -19,8 +19,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from keras_gemma_ft import compilation
 from keras_gemma_ft.backend import require_jax
-from keras_gemma_ft.compilation import enable_cache
 from keras_gemma_ft.config import describe, known, validate, wrong_type
 from keras_gemma_ft.errors import UserError
 
@@ -63,6 +63,24 @@ def _required(given: flags.FlagValues, name: str) -> str:
     return given[name].value
 
 
+def _define_export(values: flags.FlagValues) -> None:
+    def text(name: str, default: str | None, about: str) -> None:
+        flags.DEFINE_string(name, default, about, flag_values=values)
+
+    text("format", None, "hf, peft, gguf, with commas between; default: hf, and peft if there are adapters")
+    text("out", None, "where to make a directory for each format; default: export in the run directory")
+    text("which", "best", "the checkpoint: best, last, or a step")
+    text("base_model", None, "peft: what the adapters are to be loaded on; default: the preset")
+    flags.DEFINE_bool(
+        "whole",
+        None,
+        "peft: whether that is a whole Gemma 4 with its towers; default: as the preset is",
+        flag_values=values,
+    )
+    text("llama_cpp", None, "gguf: a checkout of llama.cpp, for its converter; default: LLAMA_CPP, or PATH")
+    text("gguf_type", "auto", "gguf: the type of the weights: f32, f16, bf16, q8_0; auto keeps 16 bits")
+
+
 # Name → what it does; a name of two words is a verb with a sub-verb. A verb stands here once it works.
 VERBS: dict[str, Verb] = {
     "data prepare": Verb(
@@ -96,6 +114,22 @@ VERBS: dict[str, Verb] = {
         ),
         takes_config=True,
     ),
+    "export": Verb(
+        "write what a run trained for transformers, PEFT, vLLM or llama.cpp, checked against the run",
+        "--workdir=runs/first [--format=hf,peft] [--which=last]",
+        lambda config, given: _function("export.run")(
+            config,
+            given.workdir,
+            given.format,
+            out=given.out,
+            which=given.which,
+            base_model=given.base_model,
+            whole=given.whole,
+            llama_cpp=given.llama_cpp,
+            gguf_type=given.gguf_type,
+        ),
+        _define_export,
+    ),
 }
 
 
@@ -103,7 +137,7 @@ def run() -> None:
     """The console script: never returns."""
     # Before anything reads it. Only what goes wrong is worth a line from TensorFlow's runtime.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    enable_cache()
+    compilation.prepare()
     sys.exit(main(sys.argv[1:]))
 
 

@@ -1,21 +1,28 @@
-"""Where compiled programs are kept."""
+"""What JAX's environment is before it is imported."""
 
 from pathlib import Path
 
-from keras_gemma_ft.compilation import JAX_VARIABLE, VARIABLE, enable_cache
+from keras_gemma_ft.compilation import CACHE, JAX_CACHE, prepare
 
 
-def directory(**environment: str) -> str | None:
-    enable_cache(environment)
-    return environment.get(JAX_VARIABLE)
+def prepared(**environment: str) -> dict[str, str]:
+    prepare(environment)
+    return environment
 
 
-def test_by_default_in_the_users_cache_directory():
-    assert directory() == str(Path("~/.cache/keras_gemma_ft/compiled").expanduser())
-    assert directory(XDG_CACHE_HOME="/var/cache/me") == "/var/cache/me/keras_gemma_ft/compiled"
+def test_programs_are_kept_in_the_users_cache_directory():
+    assert prepared()[JAX_CACHE] == str(Path("~/.cache/keras_gemma_ft/compiled").expanduser())
+    assert prepared(XDG_CACHE_HOME="/var/cache/me")[JAX_CACHE] == "/var/cache/me/keras_gemma_ft/compiled"
 
 
-def test_elsewhere_or_nowhere_if_asked_for():
-    assert directory(**{VARIABLE: "/fast/disk"}) == "/fast/disk"
-    assert directory(**{VARIABLE: "off"}) is None
-    assert directory(**{JAX_VARIABLE: "/given/to/jax", VARIABLE: "/fast/disk"}) == "/given/to/jax"
+def test_programs_are_kept_elsewhere_or_nowhere_if_asked_for():
+    assert prepared(**{CACHE: "/fast/disk"})[JAX_CACHE] == "/fast/disk"
+    assert JAX_CACHE not in prepared(**{CACHE: "off"})
+    assert prepared(**{JAX_CACHE: "/given/to/jax", CACHE: "/fast/disk"})[JAX_CACHE] == "/given/to/jax"
+
+
+def test_flags_are_added_to_the_users_unless_they_set_them():
+    assert prepared()["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=false"
+    assert prepared(XLA_FLAGS="--a=1")["XLA_FLAGS"] == "--a=1 --xla_gpu_enable_triton_gemm=false"
+    own = "--xla_gpu_enable_triton_gemm=true"
+    assert prepared(XLA_FLAGS=own)["XLA_FLAGS"] == own

@@ -23,7 +23,7 @@ from keras_gemma_ft.model.config import Gemma4Config, LayerKind, Stage
 from keras_gemma_ft.ops import moe, quantize
 from keras_gemma_ft.ops.attention import attention
 from keras_gemma_ft.ops.attention_mask import RESIDUALS
-from keras_gemma_ft.ops.dropout import dropout, fold
+from keras_gemma_ft.ops.dropout import drop, fold
 from keras_gemma_ft.ops.grouped_matmul import Implementation
 from keras_gemma_ft.ops.quantize import QuantizedTensor
 
@@ -399,11 +399,13 @@ class _Projections:
         All A stand in one product, which reads x once.
         """
         settings, key = self.layer.settings, self.layer.dropout_key
-        if key is not None:
-            x = dropout(x, settings.lora_dropout, fold(fold(key, self.number), place))
+        scale = settings.lora_scale
+        if key is not None and settings.lora_dropout:
+            x = drop(x, settings.lora_dropout, fold(fold(key, self.number), place))
+            scale /= 1 - settings.lora_dropout
         a = jnp.concatenate([self.adapters[role]["lora_a"] for role in roles])
         # The scale goes to the smallest array there is.
-        low = linear(x, a.astype(x.dtype)) * jnp.asarray(settings.lora_scale, x.dtype)
+        low = (linear(x, a.astype(x.dtype)).astype(jnp.float32) * scale).astype(x.dtype)
         parts = jnp.split(low, len(roles), axis=-1)
         return [
             linear(part, self.adapters[role]["lora_b"].astype(x.dtype))
@@ -457,15 +459,36 @@ def _feed_forward(project: _Projections, x: jax.Array) -> jax.Array:
     return project(("down_proj",), _gelu_product(gate, up), 3)[0]
 
 
-@partial(jax.checkpoint, prevent_cse=False)
+@jax.custom_vjp
 def _gelu_product(gate: jax.Array, up: jax.Array) -> jax.Array:
     """gelu(gate) · up with the tanh approximation, in float32 between.
 
     (1 + tanh(u)) / 2 = sigmoid(2 u), which is fewer instructions.
     """
     x = gate.astype(jnp.float32)
-    gelu = x * jax.nn.sigmoid(2 * np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x * x * x))
+    gelu = x * jax.nn.sigmoid(_SLOPE * (x + _CUBIC * x * x * x))
     return (gelu * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+_SLOPE, _CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
+
+
+def _gelu_product_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _gelu_product(gate, up), (gate, up)
+
+
+def _gelu_product_backward(inputs: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Behind the barrier the sigmoid is computed again. Else it would be shared with the forward pass that
+    # remat repeats, and stored for that, in float32: twice the size of the input it follows from.
+    gate, up, d = jax.lax.optimization_barrier((*inputs, d))
+    x, wide = gate.astype(jnp.float32), d.astype(jnp.float32)
+    share = jax.nn.sigmoid(_SLOPE * (x + _CUBIC * x * x * x))
+    slope = share + x * share * (1 - share) * _SLOPE * (1 + 3 * _CUBIC * x * x)
+    d_gate, d_up = wide * up.astype(jnp.float32) * slope, wide * x * share
+    return d_gate.astype(gate.dtype), d_up.astype(up.dtype)
+
+
+_gelu_product.defvjp(_gelu_product_forward, _gelu_product_backward)
 
 
 def _experts(layer: _Layer, w: Mapping[str, Any], x: jax.Array, normed: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ A random number generator of its own kernel would write four bytes for each elem
 hash is arithmetic that the compiler fuses into the multiplication.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,17 +29,21 @@ def fold(key: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
     return jnp.stack([mix(key[0] + np.uint32(0x9E3779B9) * (number + 1)), mix(key[1] ^ mix(number))])
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Sets a share `rate` of the elements to zero and scales the others by 1 / (1 - rate).
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Sets a share `rate` of the elements to zero.
+
+    Dropout also scales the others by 1 / (1 - rate). That is left to the caller, who can scale something
+    smaller that is linear in x, and in a dtype in which the factor is exact enough.
 
     Args:
-        x: Of fewer than 2^32 elements.
+        x: [..., D], of fewer than 2^32 rows.
         rate: From 0 up to, not including, 1.
-        key: uint32 [2]; the same key gives the same mask. None: no dropout.
+        key: uint32 [2]; the same key gives the same mask.
     """
-    if key is None or rate == 0:
-        return x
-    index = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-    # An odd factor makes the indices of two keys meet in another order; the bijection then scatters them.
-    kept = mix(index * (key[1] | 1) + key[0]) >= np.uint32(rate * 2**32)
-    return jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
+    rows = jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(*x.shape[:-1], 1)
+    start = mix(mix(rows + key[0]) ^ key[1])
+    # Nothing here but the columns' numbers is the same for all layers: what is, a compiler takes out of the
+    # loop over layers, stores in full size, and reads again in each of them.
+    columns = jax.lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1)
+    kept = mix(columns * (key[1] | 1) + start) >= np.uint32(rate * 2**32)
+    return x * kept.astype(x.dtype)
