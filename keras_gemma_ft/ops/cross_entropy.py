@@ -55,7 +55,7 @@ def cross_entropy_sum(
     Differentiable in hidden, and in the embedding with `train_embedding` (else it is a constant). Gradients
     are computed in the forward pass, and scaled by the cotangent in the backward pass: under `jax.checkpoint`
     they would be computed twice. Tokens are gathered across the array: where N is sharded, call this on each
-    shard in `jax.shard_map` and add up both results.
+    shard in `jax.shard_map(..., check_vma=False)` and add up both results.
 
     Args:
         hidden: [N, D], bfloat16 or float32.

@@ -230,6 +230,29 @@ def test_micro_batches_under_scan_and_remat_equal_one_batch() -> None:
     np.testing.assert_allclose(through_scan, expected[1], rtol=1e-5, atol=1e-5)
 
 
+def test_shards_of_tokens_add_up() -> None:
+    hidden, embedding, targets = problem(jnp.float32)
+    hidden, targets = hidden[:36], targets[:36]
+    mask = jnp.asarray(MASKS["sparse"][:36])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    @partial(
+        jax.shard_map, mesh=mesh, in_specs=(split, whole, split, split), out_specs=whole, check_vma=False
+    )
+    def sums(*shard: jax.Array) -> Any:
+        return jax.lax.psum(cross_entropy_sum(*shard, soft_cap=30.0, chunk_tokens=CHUNK), "data")
+
+    def mean(hidden: jax.Array) -> jax.Array:
+        total, tokens = sums(hidden, embedding, targets, mask)
+        return total / tokens
+
+    loss, d_hidden = jax.jit(jax.value_and_grad(mean), compiler_options=HASTY)(hidden)
+    exact = Exact(hidden, embedding, targets, np.asarray(mask), 30.0)
+    count = int(mask.sum())
+    exact.compare(loss * count, d_hidden * count)
+
+
 def test_a_loss_alone_equals_the_loss_of_a_training_step() -> None:
     arguments = (*problem(jnp.bfloat16), jnp.asarray(MASKS["sparse"]))
     alone = cross_entropy_sum(*arguments, soft_cap=30.0, chunk_tokens=CHUNK, block_rows=32)
