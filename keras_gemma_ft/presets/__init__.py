@@ -18,6 +18,8 @@ from pathlib import Path
 from keras_gemma_ft.errors import UserError
 
 _HERE = Path(__file__).parent
+# The demo's rows, train.jsonl and held_out.jsonl: messages to a town hall, and the office that answers.
+DEMO = _HERE / "demo"
 _HF, _KAGGLE = "hf://", "kaggle://"
 # What a preset consists of on the Hugging Face Hub; repositories also hold originals in other formats.
 _HF_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.h5", "assets/*")
