@@ -156,7 +156,7 @@ def _run(
         targets_C = targets.at[index_C].get(mode="fill", fill_value=0)
         chunk = _chunk(plan, gradient, hidden_CxD, table, targets_C)
         loss += jnp.sum(jnp.where(index_C < count, chunk.loss, 0))
-        if d_sorted is not None:
+        if d_sorted is not None and chunk.d_hidden is not None:
             d_sorted = jax.lax.dynamic_update_slice_in_dim(d_sorted, chunk.d_hidden, i * size, 0)
         if d_embedding is not None:
             d_embedding = _add_table_gradient(plan, d_embedding, hidden_CxD, table, targets_C, chunk)
