@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.export.staging import CERTIFICATE, write_json
+from keras_gemma_ft.export.staging import CERTIFICATE
 from keras_gemma_ft.export.tuned import Tuned
+from keras_gemma_ft.json_files import write_json
 from keras_gemma_ft.model import streaming
 from keras_gemma_ft.model.loading import Source
 from keras_gemma_ft.model.weights import table

@@ -11,8 +11,9 @@ import numpy as np
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.export.certificate import certify, compare_weights
 from keras_gemma_ft.export.shards import TensorSpec, write_sharded
-from keras_gemma_ft.export.staging import staged, write_json
+from keras_gemma_ft.export.staging import staged
 from keras_gemma_ft.export.tuned import Tuned
+from keras_gemma_ft.json_files import write_json
 from keras_gemma_ft.model.loading import open_source
 from keras_gemma_ft.model.weights import TEXT_PREFIX, Weight, table
 

@@ -13,8 +13,9 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.export.certificate import certify, refused
 from keras_gemma_ft.export.hf import not_finite
 from keras_gemma_ft.export.shards import TensorSpec, write_file
-from keras_gemma_ft.export.staging import staged, write_json
+from keras_gemma_ft.export.staging import staged
 from keras_gemma_ft.export.tuned import Tuned
+from keras_gemma_ft.json_files import write_json
 from keras_gemma_ft.model.lora import LoraConfig
 from keras_gemma_ft.model.weights import TEXT_PREFIX, WHOLE_PREFIX, peft_target_modules, table
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,57 +21,55 @@ from keras_gemma_ft.model.loading import open_source
 from keras_gemma_ft.model.lora import LoraConfig
 
 FORMATS = ("hf", "peft", "gguf")
-PEFT_NAMES = ("auto", "text", "whole")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the verb's flags say.
+def main(
+    config: ConfigDict,
+    workdir: str | Path,
+    formats: str | None = None,
+    *,
+    out: str | Path | None = None,
+    which: str = "best",
+    base_model: str | None = None,
+    whole: bool | None = None,
+    llama_cpp: str | None = None,
+    gguf_type: str = "auto",
+) -> dict[str, Path]:
+    """Exports a run: each format whole, with its certificate, or not at all.
 
-    Attributes:
+    Args:
+        config: Of the run.
+        workdir: The run directory.
         formats: Some of `FORMATS`, with commas between; None: hf, and peft where there are adapters.
         out: Gets a directory for each format; None: `export` in the run directory.
         which: "best", "last", or a step.
-        base_model: What PEFT loads beneath the adapter; None: the preset.
-        peft_names: Names of modules in the adapter: of a text decoder alone ("text"), of a whole Gemma 4
-            ("whole"), or as the preset is ("auto").
+        base_model: What PEFT loads beneath the adapters; None: the preset.
+        whole: Whether that is a whole Gemma 4 with its towers, where modules have other names; None: as the
+            preset is.
         llama_cpp: A checkout of llama.cpp, for gguf.
         gguf_type: One of `gguf.OUTPUT_TYPES`.
-    """
 
-    formats: str | None = None
-    out: str | None = None
-    which: str = "best"
-    base_model: str | None = None
-    peft_names: str = "auto"
-    llama_cpp: str | None = None
-    gguf_type: str = "auto"
-
-
-def main(config: ConfigDict, workdir: str | Path, options: Options = Options()) -> dict[str, Path]:
-    """Exports a run; returns the directory of each format.
+    Returns:
+        The directory of each format.
 
     Raises:
-        UserError: A fault in an option, in the run, or in what it trained. A format is there whole, with its
-            certificate, or not at all.
+        UserError: A fault in an argument, in the run, or in what it trained.
     """
     # ------------------------------------------------------------------ what, from where, to where
-    formats = _formats(options.formats, config.method)
-    out = Path(workdir).expanduser() / "export" if options.out is None else Path(options.out).expanduser()
-    targets = {name: out / name for name in formats}
+    workdir = Path(workdir).expanduser()
+    place = workdir / "export" if out is None else Path(out).expanduser()
+    targets = {name: place / name for name in _formats(formats, config.method)}
     for target in targets.values():
         check_target(target)
-    converter = gguf.find_converter(options.llama_cpp) if "gguf" in formats else None
+    converter = gguf.find_converter(llama_cpp) if "gguf" in targets else None
     preset = Preset(config.preset)
-    whole = preset.is_whole if options.peft_names == "auto" else options.peft_names == "whole"
 
     # ------------------------------------------------------------------ what was trained
-    checkpoints = Path(workdir).expanduser() / "checkpoints"
-    which = _which(options.which)
-    saved = checkpoint.find(checkpoints, which)
+    checkpoints, step = workdir / "checkpoints", _which(which)
+    saved = checkpoint.find(checkpoints, step)
     if saved is None:
         raise UserError(
-            f"holds no checkpoint{f' of step {which}' if isinstance(which, int) else ''}",
+            f"holds no checkpoint{f' of step {step}' if isinstance(step, int) else ''}",
             where=str(checkpoints),
             remedy="train first, or export --which=best or --which=last.",
         )
@@ -87,12 +84,16 @@ def main(config: ConfigDict, workdir: str | Path, options: Options = Options()) 
 
     def export_gguf(target: Path) -> dict[str, Any]:
         assert converter is not None
-        return gguf.export_gguf(target, tuned, write_tokenizer, converter, options.gguf_type, about)
+        return gguf.export_gguf(target, tuned, write_tokenizer, converter, gguf_type, about)
 
     exports: dict[str, Callable[[Path], dict[str, Any]]] = {
         "hf": lambda target: export_hf(target, tuned, write_tokenizer, about),
         "peft": lambda target: export_peft(
-            target, tuned, options.base_model or preset.hf_name, about, whole=whole
+            target,
+            tuned,
+            base_model or preset.hf_name,
+            about,
+            whole=preset.is_whole if whole is None else whole,
         ),
         "gguf": export_gguf,
     }

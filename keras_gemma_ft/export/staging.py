@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from keras_gemma_ft.errors import UserError
 
@@ -66,8 +64,3 @@ def check_target(target: Path) -> None:
             where=str(target),
             remedy="choose an empty or a new directory; nothing was written.",
         )
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes readable JSON with a final line break."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

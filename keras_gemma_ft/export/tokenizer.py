@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.export.chat_template import chat_template
-from keras_gemma_ft.export.staging import write_json
+from keras_gemma_ft.json_files import write_json
 
 if TYPE_CHECKING:
     import tokenizers

@@ -34,13 +34,13 @@ def test_streamed_logits_are_the_models(preset, kind):
 
 
 def test_what_it_says(preset, tmp_path):
-    model = tuned(preset("e2b"))
-    hf.export_hf(tmp_path / "hf", model, nothing, {"base": {"preset": "e2b"}})
+    model = tuned(preset("31b"))
+    hf.export_hf(tmp_path / "hf", model, nothing, {"base": {"preset": "31b"}})
     says = json.loads((tmp_path / "hf" / CERTIFICATE).read_text())
-    assert (says["format"], says["dtype"], says["base"]) == ("hf", "float32", {"preset": "e2b"})
-    # Seven projections in each of six layers, five in each of three that share K/V.
+    assert (says["format"], says["dtype"], says["base"]) == ("hf", "float32", {"preset": "31b"})
+    # Seven projections in each of four local layers, six in each of two whose values are their keys.
     tensors = len(load_file(tmp_path / "hf" / "model.safetensors"))
-    assert says["weights"] == {"compared": tensors, "merged": 6 * 7 + 3 * 5, "as_intended": True}
+    assert says["weights"] == {"compared": tensors, "merged": 4 * 7 + 2 * 6, "as_intended": True}
     parity = says["parity"]
     assert parity["merged_and_adapted"]["argmax_agreement"] == 1.0
     assert parity["merged_and_adapted"]["median_relative_error"] < 1e-5
