@@ -17,13 +17,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import keras
 import numpy as np
 
 from keras_gemma_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 
 Which = Literal["best", "last"]
 RESUMABLE = ("weights", "optimizer", "random")
@@ -170,14 +175,7 @@ def restore(
     """
     from orbax.checkpoint import v1 as orbax
 
-    saved = find(directory, which)
-    if saved is None:
-        wanted = f"of step {which}" if isinstance(which, int) else ""
-        raise UserError(
-            f"holds no checkpoint {wanted}".rstrip(),
-            where=str(directory),
-            remedy="train first: keras-gemma-ft train --config=… --workdir=….",
-        )
+    saved = _found(directory, which)
     state = {part: items for part, items in _state(model).items() if items and (resume or part == "weights")}
     with orbax.training.Checkpointer(Path(directory).absolute()) as reader:
         stored = reader.checkpointables_metadata(saved.step).metadata
@@ -194,6 +192,27 @@ def restore(
     return saved
 
 
+def tuned_model(
+    config: ConfigDict, workdir: str | Path, which: Which | int = "best"
+) -> tuple[GemmaCausalLM, Saved]:
+    """The model that a run trained: its preset's, with the weights of a checkpoint.
+
+    Args:
+        config: Of the run.
+        workdir: Its directory.
+        which: "best" by held-out loss, "last", or a step.
+
+    Raises:
+        UserError: There is no such checkpoint, or no such preset.
+    """
+    from keras_gemma_ft.model.from_config import build_model
+
+    directory = Path(workdir).expanduser() / "checkpoints"
+    saved = _found(directory, which)  # before minutes are spent on the preset
+    model = build_model(config)
+    return model, restore(model, directory, saved.step)
+
+
 def load_weights(directory: str | Path, which: Which | int = "best") -> dict[str, np.ndarray]:
     """The trained weights of a checkpoint by name, in host memory, without a model.
 
@@ -202,13 +221,23 @@ def load_weights(directory: str | Path, which: Which | int = "best") -> dict[str
     """
     from orbax.checkpoint import v1 as orbax
 
-    saved = find(directory, which)
-    if saved is None:
-        raise UserError("holds no checkpoint", where=str(directory), remedy="train first.")
+    saved = _found(directory, which)
     with orbax.training.Checkpointer(Path(directory).absolute()) as reader:
         stored = reader.checkpointables_metadata(saved.step).metadata["weights"]
         wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
         return reader.load_checkpointables(saved.step, {"weights": wanted})["weights"]
+
+
+def _found(directory: str | Path, which: Which | int) -> Saved:
+    saved = find(directory, which)
+    if saved is None:
+        wanted = f" of step {which}" if isinstance(which, int) else ""
+        raise UserError(
+            f"holds no checkpoint{wanted}",
+            where=str(directory),
+            remedy="train first: keras-gemma-ft train --config=… --workdir=….",
+        )
+    return saved
 
 
 def relative_name(model: keras.Model, path: str) -> str:
