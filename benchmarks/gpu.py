@@ -252,12 +252,12 @@ def ceiling() -> dict[str, Any]:
     }
 
 
-def run_apart(arguments: list[str], seconds: float) -> dict[str, Any]:
-    """Runs this file with some arguments in its own process; its last line is the result."""
+def run_apart(arguments: list[str], seconds: float, program: str = __file__) -> dict[str, Any]:
+    """Runs a program of this folder with some arguments in its own process; its last line is the result."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         done = subprocess.run(
-            [sys.executable, __file__, *arguments],
+            [sys.executable, program, *arguments],
             env=environment, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
