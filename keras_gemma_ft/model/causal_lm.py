@@ -234,11 +234,15 @@ class GemmaCausalLM(keras.Model):
         }
 
     def adapters(self, values: Values = lambda variable: variable.value) -> dict[str, dict[str, Any]] | None:
-        """The adapters' factors by name; None where there are none, or while they are off."""
-        if not self._adapters or not self._adapters_on:
+        """The adapters' factors by name; None where there are none.
+
+        While they are off, B is zero: that gives the base exactly, in the same compiled programs.
+        """
+        if not self._adapters:
             return None
+        b = values if self._adapters_on else lambda variable: jnp.zeros_like(values(variable))
         return {
-            name: {factor: values(variable) for factor, variable in factors.items()}
+            name: {"lora_a": values(factors["lora_a"]), "lora_b": b(factors["lora_b"])}
             for name, factors in self._adapters.items()
         }
 
