@@ -5,6 +5,7 @@ Nothing heavy is imported here: a verb's module is imported when the verb is cal
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -58,9 +59,10 @@ def _define_out(about: str) -> Callable[[flags.FlagValues], Any]:
 
 
 def _required(given: flags.FlagValues, name: str) -> str:
-    if not given[name].value:
+    value = given[name].value
+    if not value:
         raise UserError(f"--{name} is not given", remedy=f"add --{name}=…: {given[name].help}.")
-    return given[name].value
+    return value
 
 
 def _define_export(values: flags.FlagValues) -> None:
@@ -79,6 +81,43 @@ def _define_export(values: flags.FlagValues) -> None:
     )
     text("llama_cpp", None, "gguf: a checkout of llama.cpp, for its converter; default: LLAMA_CPP, or PATH")
     text("gguf_type", "auto", "gguf: the type of the weights: f32, f16, bf16, q8_0; auto keeps 16 bits")
+
+
+def _define_evaluate(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer(
+        "rows", None, "held-out rows at most, drawn at random; default: all", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "max_new_tokens", None, "longest answer; default: by the longest expected one", flag_values=values
+    )
+    flags.DEFINE_integer("batch_size", 32, "answers at once", flag_values=values)
+    flags.DEFINE_bool("calibrate", False, "also how sure the models are of their answers", flag_values=values)
+    flags.DEFINE_string(
+        "forgetting",
+        None,
+        "also what tuning cost elsewhere: `general` for the rows that ship, or a file of yours",
+        flag_values=values,
+    )
+
+
+def _define_human(values: flags.FlagValues) -> None:
+    flags.DEFINE_list("collect", [], "results that judges saved, with commas between", flag_values=values)
+    flags.DEFINE_integer("rows", 50, "answers to judge at most", flag_values=values)
+
+
+def _define_chat(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("system", None, "instructions for the model", flag_values=values)
+    flags.DEFINE_float("temperature", 1.0, "0 for the most probable answer", flag_values=values)
+    flags.DEFINE_integer("top_k", 64, "draw from that many tokens", flag_values=values)
+    flags.DEFINE_float("top_p", 0.95, "draw from tokens that have that share together", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 1024, "longest answer", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=values)
+
+
+def _options(module: str, given: flags.FlagValues) -> Any:
+    """A verb's `Options`, whose fields have the names of its flags."""
+    options: Any = _function(module, "Options")
+    return options(**{field.name: given[field.name].value for field in dataclasses.fields(options)})
 
 
 # Name → what it does; a name of two words is a verb with a sub-verb. A verb stands here once it works.
@@ -114,6 +153,20 @@ VERBS: dict[str, Verb] = {
         ),
         takes_config=True,
     ),
+    "evaluate": Verb(
+        "compare what a run trained with its base on the held-out rows, and write the report",
+        "--workdir=runs/first [--rows=200] [--forgetting=general]",
+        lambda config, given: _function("evaluate.run")(
+            config, given.workdir, _options("evaluate.run", given)
+        ),
+        _define_evaluate,
+    ),
+    "evaluate human": Verb(
+        "write a sheet on which people judge the answers blindly, or score what they saved",
+        "--workdir=runs/first [--collect=results-1.json,results-2.json]",
+        lambda config, given: _function("evaluate.human")(given.workdir, given.collect, given.rows),
+        _define_human,
+    ),
     "export": Verb(
         "write what a run trained for transformers, PEFT, vLLM or llama.cpp, checked against the run",
         "--workdir=runs/first [--format=hf,peft] [--which=last]",
@@ -129,6 +182,12 @@ VERBS: dict[str, Verb] = {
             gguf_type=given.gguf_type,
         ),
         _define_export,
+    ),
+    "chat": Verb(
+        "talk with what a run trained",
+        "--workdir=runs/first [--temperature=0]",
+        lambda config, given: _function("serve.chat")(config, given.workdir, _options("serve.chat", given)),
+        _define_chat,
     ),
 }
 
@@ -171,8 +230,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        remedy = f"{PROGRAM} train --workdir=… --resume goes on after the last checkpoint."
-        print(str(stop) or f"\nStopped at once. {remedy}", file=sys.stderr)
+        remedy = f" {PROGRAM} train --workdir=… --resume goes on after the last checkpoint."
+        print(str(stop) or f"\nStopped at once.{remedy if verb == 'train' else ''}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     return 0
 

@@ -50,6 +50,22 @@ class HumanScores:
         return (self.tuned + 0.5 * self.tie) / decided if decided else 0.5
 
 
+def main(workdir: str | Path, results: Sequence[str], rows: int) -> None:
+    """The verb `evaluate human`: writes the sheet, or with `results` scores them."""
+    if not results:
+        path = write_sheet(workdir, rows=rows)
+        print(f"for the judges: {path}\nnot for them:   {path.with_name(KEY)}")
+        return
+    scores = collect(workdir, results)
+    print(
+        f"{scores.judged:,} choices of {scores.judges} judges: tuned {scores.tuned}, base {scores.base}, "
+        f"tie {scores.tie}, neither {scores.neither}\n"
+        f"tuned wins {scores.win_rate:.1%} of what was decided, ties counting half (p = {scores.p_value:.3f})"
+    )
+    if scores.agreement is not None:
+        print(f"the judges agree on {scores.agreement:.1%}")
+
+
 def write_sheet(directory: str | Path, *, rows: int = 50, seed: int = 0) -> Path:
     """Writes `human.html` and its key from the answers in a run's `predictions.jsonl`.
 

@@ -20,7 +20,9 @@ def shown(name: str, value: float | None) -> str:
         return "–"
     if name not in _PLAIN:
         return f"{100 * value:.1f}%"
-    return f"{value:.1f}" if name in ("bleu", "chrf") or abs(value) >= 1000 else f"{value:.3f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if name in ("bleu", "chrf") else f"{value:.3f}"
 
 
 def shown_change(name: str, value: float | None) -> str:
@@ -54,37 +56,44 @@ def judged(comparison: Comparison, alpha: float = 0.05) -> str:
 
 
 def comparison_table(comparisons: Sequence[Comparison], *, rows: int, title: str = "") -> Table:
-    """A rich table of metrics; the columns of the base are left out where there is none.
+    """A rich table of metrics, 80 columns wide; those of the base are left out where there is none.
 
     Args:
         comparisons: From `Evaluation.comparisons`.
         rows: How many held-out rows they are over.
         title: Above the table.
     """
+    from rich import box
     from rich.table import Table
 
     with_base = any(comparison.base for comparison in comparisons)
-    table = Table(
-        title=title or f"{rows:,} held-out rows; in parentheses the 95% interval", title_justify="left"
-    )
+    title = title or f"{rows:,} held-out rows; below each value its 95% interval"
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
-    for column in ("base", "tuned", "change", "p") if with_base else ("tuned",):
+    for column in ("base", "tuned", "change") if with_base else ("tuned",):
         table.add_column(column, justify="right", no_wrap=True)
     if with_base:
         table.add_column("tuned is")
     for comparison in comparisons:
         name = comparison.name
-        tuned = shown_interval(name, comparison.tuned)
+        tuned = _on_two_lines(name, comparison.tuned)
         if not with_base:
             table.add_row(comparison.title, tuned)
             continue
         change = comparison.difference.value if comparison.difference else None
+        verdict = judged(comparison)
+        if comparison.p_value is not None:
+            verdict += f"\np {shown_p(comparison.p_value)}"
         table.add_row(
             comparison.title,
-            shown_interval(name, comparison.base),
+            _on_two_lines(name, comparison.base),
             tuned,
             shown_change(name, change),
-            shown_p(comparison.p_value),
-            judged(comparison),
+            verdict,
         )
     return table
+
+
+def _on_two_lines(name: str, interval: Interval | None) -> str:
+    value, _, edges = shown_interval(name, interval).partition(" (")
+    return f"{value}\n{edges.removesuffix(')')}".rstrip()

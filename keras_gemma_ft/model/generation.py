@@ -26,7 +26,7 @@ BATCH_SIZE = 32
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 """A user's message; messages that an answer is wanted to; or a conversation, for its tools."""
 
-_SHORTEST_PROMPT, _SHORTEST_ANSWER = 32, 16
+_SHORTEST_PROMPT, _SHORTEST_ANSWER = 64, 16
 # What a batch's prompts may have together, padding included: activations of the prefill grow with it.
 _PROMPT_TOKENS = 32_768
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from keras_gemma_ft.errors import UserError
+
 Message = dict[str, str]
 HELP = "Type a message. /reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer.\n"
 
@@ -97,6 +99,9 @@ def converse(
                     write(piece)
             except KeyboardInterrupt:
                 write("\n(stopped; your message is forgotten)\n")
+                continue
+            except UserError as error:  # such as a conversation that has become too long
+                write(f"\n({error})\n")
                 continue
             messages += [question, {"role": "assistant", "content": reply}]
             write("\n")

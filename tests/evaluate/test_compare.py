@@ -146,11 +146,11 @@ def test_no_rows_is_the_users_error():
         evaluate_models(Fake(right), [])
 
 
-def test_the_table_says_in_words_what_is_better():
+def test_the_table_says_in_words_what_is_better_in_80_columns():
     from rich.console import Console
 
     evaluation = evaluate_models(Fake(right, 0.5), conversations(), base=Fake(always_billing, 2.0))
-    console = Console(file=io.StringIO(), width=140, no_color=True)
+    console = Console(file=io.StringIO(), width=80, no_color=True)
     console.print(comparison_table(evaluation.comparisons, rows=40))
     lines = console.file.getvalue().splitlines()
     accuracy = next(line for line in lines if "accuracy" in line)
@@ -161,7 +161,7 @@ def test_the_table_says_in_words_what_is_better():
     assert "−1.500" in loss
     assert "better" in loss
     valid = next(line for line in lines if "valid labels" in line)
-    assert "no clear difference" in valid
+    assert "no clear" in valid
 
 
 def test_the_general_set_ships_and_its_references_keep_their_constraints():

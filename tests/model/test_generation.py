@@ -20,7 +20,7 @@ from keras_gemma_ft.model.generation import generate_tokens, stream_tokens
 from keras_gemma_ft.model.loading import RandomSource, load
 from keras_gemma_ft.model.weights import table
 
-# Prompts shorter and longer than the window of 8 and than the shortest bucket of 32.
+# Prompts shorter and longer than the window of 8.
 LENGTHS = (1, 3, 7, 8, 9, 20, 33, 40)
 NEW = 20
 
@@ -202,10 +202,10 @@ def test_programs_are_few_however_many_prompts_there_are(lively):
     small = lively("31b")
     before = decoding.prefill._cache_size(), decoding.extend._cache_size()
     rng = np.random.default_rng(2)
-    given = prompts(tuple(rng.integers(1, 64, 50)))
+    given = prompts(tuple(rng.integers(1, 128, 50)))
     run(small, given, new=2, batch_size=4)
     run(small, given[:23], new=9, batch_size=4, stop_ids=())
-    # Prompts of at most 32 tokens, and of at most 64.
+    # Prompts of at most 64 tokens, and of at most 128.
     after = decoding.prefill._cache_size(), decoding.extend._cache_size()
     assert (after[0] - before[0], after[1] - before[1]) == (2, 2)
 
