@@ -22,7 +22,7 @@ LAYERS = (
     ("checkpoint",),
     ("model", "data"),
     ("ops",),
-    ("backend", "compilation", "config", "errors", "json_files", "presets", "recipes"),
+    ("advice", "backend", "compilation", "config", "errors", "json_files", "presets", "recipes"),
 )
 HEIGHT = {room: -height for height, rooms in enumerate(LAYERS) for room in rooms}
 

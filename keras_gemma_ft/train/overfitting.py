@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from keras_gemma_ft.train.advice import Settings
+from keras_gemma_ft.advice import Settings
 from keras_gemma_ft.train.curves import (
     Curve,
     Slope,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from keras_gemma_ft.advice import GUIDE, Settings, number
 from keras_gemma_ft.config import DATASET_SIZES
-from keras_gemma_ft.train.advice import GUIDE, Settings, number
 
 
 def remedies(kind: str, settings: Settings, *, best_step: int | None = None, step: int = 0) -> list[str]:

@@ -14,11 +14,11 @@ import keras
 from ml_collections import ConfigDict
 
 from keras_gemma_ft import checkpoint
+from keras_gemma_ft.advice import Settings, as_lines, before_training
 from keras_gemma_ft.config import validate
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, write_json
 from keras_gemma_ft.train import workdir as directory
-from keras_gemma_ft.train.advice import Settings, as_lines, before_training
 from keras_gemma_ft.train.batches import Batches
 from keras_gemma_ft.train.callbacks.lazy_logs import LazyLogs
 from keras_gemma_ft.train.callbacks.measurements import Measurements, Writer

@@ -76,6 +76,10 @@ def test_base_and_tuned_are_compared_on_the_held_out_rows(run, capsys):
     printed = capsys.readouterr().out
     assert "12 of 240 held-out rows; the tuned model is that of step 7" in printed
     assert f"{evaluation.metric('loss').tuned.value:.3f}" in printed
+    # No training was recorded, so all advice is on the answers.
+    advice = read_json(place / "metrics.json")["advice"]
+    assert any(line.startswith("classes: Never recognized") for line in advice)
+    assert all(f"next: {line[:40]}" in printed for line in advice)
     assert (place / "report.html").exists()
     assert (place / "report.md").exists()
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from keras_gemma_ft.train.advice import GUIDE, Settings, as_lines, before_training
-from keras_gemma_ft.train.next_steps import after_training
+from keras_gemma_ft.advice import GUIDE, Settings, as_lines, before_training
+from keras_gemma_ft.evaluate.next_steps import after_training
 from keras_gemma_ft.train.overfitting import KINDS
 from keras_gemma_ft.train.remedies import remedies
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from loss_curves import battery
 
-from keras_gemma_ft.train.advice import Settings
+from keras_gemma_ft.advice import Settings
 from keras_gemma_ft.train.curves import Curve, recent_start, slope
 from keras_gemma_ft.train.overfitting import HARMFUL, KINDS, Reproduction, Thresholds, judge
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_gemma_ft.train.advice import Settings
+from keras_gemma_ft.advice import Settings
 from keras_gemma_ft.train.overfitting import Reproduction
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from keras_gemma_ft.advice import Settings
 from keras_gemma_ft.json_files import read_lines
-from keras_gemma_ft.train.advice import Settings
 from keras_gemma_ft.train.callbacks.live_weights import snapshot
 from keras_gemma_ft.train.curves import Curve
 from keras_gemma_ft.train.overfitting import HARMFUL, Reproduction, Thresholds, Verdict, judge

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from keras_gemma_ft.train.advice import Advice, Settings, number
+from keras_gemma_ft.advice import Advice, Settings, number
 
 # A share of malformed answers above this is worth a word.
 _TOLERATED = 0.02
