@@ -177,7 +177,10 @@ def all_findings(table: Table) -> list[Finding]:
 
 
 def _problems(table: Table) -> Finding | None:
-    rows = [(problem.where, problem.what) for problem in table.problems]
+    rows = [
+        (problem.where, f"{problem.what}; {problem.remedy}" if problem.remedy else problem.what)
+        for problem in table.problems
+    ]
     return _finding(
         "problem",
         "error",

@@ -177,7 +177,7 @@ def _lengths(histogram: Histogram, max_length: int) -> Table:
     table = _table("tokens", "rows", "")
     for name, count, share, is_too_long in bars(histogram, max_length):
         bar = ("░" if is_too_long else "█") * max(round(share * _BAR), count > 0)
-        table.add_row(name, f"{count:,}", Text(f"{bar} too long" if is_too_long else bar))
+        table.add_row(name, f"{count:,}", Text(f"{bar} too long" if is_too_long and count else bar))
     table.columns[2].justify = "left"
     return table
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-_LOOKED_AT = 2_000  # characters of a text
+_LOOKED_AT = 1_000  # characters of a text
 _FEWEST_LETTERS = 4
 _FEWEST_WORDS = 3  # different small words of a language
 _CLEAR = 1.5  # times those of the next language
@@ -57,6 +57,7 @@ _LANGUAGES_OF: dict[str, list[str]] = {}
 for _language, _words in _SMALL_WORDS.items():
     for _word in _words.split():
         _LANGUAGES_OF.setdefault(_word, []).append(_language)
+_KNOWN = frozenset(_LANGUAGES_OF)
 _WORD = re.compile(r"[^\W\d_]+")
 _OTHER_SCRIPT = re.compile("|".join(f"(?P<{name}>[{range_}])" for name, range_ in _SCRIPTS.items()))
 
@@ -70,10 +71,8 @@ def language(text: str) -> str | None:
         if 2 * scripts.total() > len(letters) >= _FEWEST_LETTERS:
             # Japanese mixes its own letters with Chinese ones.
             return "Japanese" if scripts["Japanese"] else scripts.most_common(1)[0][0]
-    met: Counter[str] = Counter()
-    for word in set(_WORD.findall(text)):
-        for name in _LANGUAGES_OF.get(word, ()):
-            met[name] += 1
+    small = _KNOWN.intersection(_WORD.findall(text))
+    met = Counter([name for word in small for name in _LANGUAGES_OF[word]])
     if not met:
         return None
     (best, count), (_, next_count) = [*met.most_common(2), ("", 0)][:2]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
+from keras_gemma_ft import cli
 from keras_gemma_ft.config import default_config
 from keras_gemma_ft.data.clean import Cleaned, clean, main, records
 from keras_gemma_ft.data.rows import Conversation, Problem
@@ -276,6 +277,34 @@ def test_files_are_written_and_can_be_read_again(source, tmp_path, capsys):
     assert again.log == []
     for name in ("train", "eval"):
         assert (tmp_path / "again" / f"{name}.jsonl").read_bytes() == (out / f"{name}.jsonl").read_bytes()
+
+
+def test_the_command_line_cleans(source, tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from keras_gemma_ft.config import default_config as get_config\n")
+    arguments = ["data", "clean", f"--config={recipe}", f"--config.data.train={source}", "--config.seed=5"]
+    assert cli.main([*arguments, f"--out={tmp_path / 'out'}"]) == 0
+    config = _config(source)
+    config.seed, config.task.kind = 5, "auto"
+    main(config, tmp_path / "same")
+    for name in ("train.jsonl", "eval.jsonl", "log.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    assert "--out is not given" in capsys.readouterr().err
+
+
+def test_written_labels_can_be_read(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text(
+        "prompt,response,kind\n" + "".join(f"{WORDS[n]} {WORDS[n + 1]},x,{'ab'[n % 2]}\n" for n in range(40)),
+        encoding="utf-8",
+    )
+    first = main(_config(table, data__label="kind"), tmp_path / "out")
+    again = main(_config(tmp_path / "out" / "train.jsonl", data__label="label"), tmp_path / "again")
+    assert {each.label for each in first.train} == {"a", "b"}
+    assert [each.label for each in first.held_out].count("a") == 2
+    assert {each.label for each in again.held_out} == {"a", "b"}
 
 
 def test_same_config_same_files(source, tmp_path):
