@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from keras_gemma_ft.data.shards import Recipe
 from keras_gemma_ft.data.template import Template, Variant
 from keras_gemma_ft.data.tokenizer import Tokenizer
+from keras_gemma_ft.json_files import read_json
 
 
 def tokenizer_and_recipe(config: Mapping[str, Any]) -> tuple[Tokenizer, Recipe]:
@@ -33,7 +32,7 @@ def variant_of(preset: str) -> Variant:
     from keras_gemma_ft.model.config import Gemma4Config
     from keras_gemma_ft.presets import resolve_preset
 
-    stored = json.loads((Path(resolve_preset(preset)) / "config.json").read_text(encoding="utf-8"))
+    stored = read_json(resolve_preset(preset) / "config.json")
     is_keras_hub = "registered_name" in stored
     config = Gemma4Config.from_keras_hub(stored["config"]) if is_keras_hub else Gemma4Config.from_hf(stored)
     return cast(Variant, config.variant)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -17,6 +16,7 @@ from keras_gemma_ft.data.findings import TRAIN
 from keras_gemma_ft.data.inspect import Histogram, Inspection, Part
 from keras_gemma_ft.data.preview import Preview, PreviewToken
 from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.json_files import write_json, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -89,16 +89,8 @@ def write_report(inspection: Inspection, title: str, path: Path) -> None:
         listed=_LISTED_ON_PAGE,
         details=path.with_suffix(".json").name,
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-        path.with_suffix(".json").write_text(
-            json.dumps(inspection.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(
-            f"the page cannot be written ({error.strerror})", where=str(path), remedy="give another path."
-        ) from error
+    write_text(path, page)
+    write_json(path.with_suffix(".json"), inspection.to_json())
 
 
 def check_is_page(path: str | Path) -> Path:

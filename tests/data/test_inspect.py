@@ -481,5 +481,5 @@ def test_a_report_is_not_written_over_data(inspection, tmp_path, name):
 
 def test_a_place_that_cannot_be_written_is_told(inspection, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write there"):
         write_report(inspection, "x", Path(tmp_path / "file" / "report.html"))
