@@ -300,5 +300,6 @@ def _down_sample(
 
 
 def _write(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    # Half of a surrogate pair, in a field that is not trained on, becomes its JSON escape.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ class Examiner:
         return Examined(
             counts,
             problems,
-            [row.origin for row in rows],
-            [row.label for row in rows],
+            [printable(row.origin) for row in rows],
+            [row.label and printable(row.label) for row in rows],
             [shown(text) for text in questions],
             [shown(text) for text in answers],
             np.fromiter((key(context(row)) for row in rows), np.uint64, len(rows)),
@@ -146,13 +147,21 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 def key(text: str) -> int:
     """64 bits that are equal for texts that differ in white space only."""
-    words = " ".join(text.split())
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
+    words = " ".join(text.split()).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what upsets terminals and files: controls and halves of surrogate pairs."""
+    return text if text.isprintable() else _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(text: str) -> str:
     """The beginning of a text in one line."""
-    line = " ".join(text[: 4 * _SHOWN].split())
+    line = printable(" ".join(text[: 4 * _SHOWN].split()))
     return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
 
 

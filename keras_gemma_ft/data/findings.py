@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from keras_gemma_ft.data.dedupe import NearPairs, Sketches, near_pairs
-from keras_gemma_ft.data.examine import Examined
+from keras_gemma_ft.data.examine import Examined, printable
 from keras_gemma_ft.data.rows import Problem
 
 Level = Literal["error", "warning", "note"]
@@ -178,7 +178,7 @@ def all_findings(table: Table) -> list[Finding]:
 
 def _problems(table: Table) -> Finding | None:
     rows = [
-        (problem.where, f"{problem.what}; {problem.remedy}" if problem.remedy else problem.what)
+        (printable(problem.where), printable("; ".join(filter(None, (problem.what, problem.remedy)))))
         for problem in table.problems
     ]
     return _finding(

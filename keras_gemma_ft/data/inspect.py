@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from keras_gemma_ft.config import DATASET_SIZES
-from keras_gemma_ft.data.examine import Examiner
+from keras_gemma_ft.data.examine import Examiner, printable
 from keras_gemma_ft.data.findings import HELD_OUT, TRAIN, Finding, Table, all_findings, class_counts
 from keras_gemma_ft.data.preview import Preview
 from keras_gemma_ft.data.rows import Row
@@ -174,7 +174,7 @@ def inspect(
         [(_PREVIEWS[name], preview) for name in _PREVIEWS for preview in previews.get(name, [])],
         recipe.max_length,
         similarity,
-        _folder([*table.origins, *(problem.where for problem in table.problems)]),
+        _folder([*table.origins, *(printable(problem.where) for problem in table.problems)]),
     )
 
 
@@ -193,7 +193,7 @@ def main(config: Mapping[str, Any], out: Path | None = None) -> Inspection:
     from keras_gemma_ft.data.inspect_report import check_is_page, print_report, reading, write_report
     from keras_gemma_ft.data.readers import conversations, readings
 
-    title = config["data"]["train"]
+    title = printable(config["data"]["train"])
     if out is not None:
         check_is_page(out)
     tokenizer, recipe = tokenizer_and_recipe(config)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keras_gemma_ft.data.examine import printable
 from keras_gemma_ft.data.findings import TRAIN
 from keras_gemma_ft.data.inspect import Histogram, Inspection, Part
 from keras_gemma_ft.data.preview import Preview, PreviewToken
@@ -212,8 +213,8 @@ def _shortener(inspection: Inspection) -> Callable[[str], str]:
 
 
 def shown(token: PreviewToken) -> str:
-    """A token's text; line breaks can be seen."""
-    return token.text.replace("\n", "↵\n")
+    """A token's text; line breaks and control characters can be seen."""
+    return printable(token.text).replace("\n", "↵\n")
 
 
 def _table(*headers: str) -> Table:

@@ -307,6 +307,15 @@ def test_written_labels_can_be_read(tmp_path):
     assert {each.label for each in again.held_out} == {"a", "b"}
 
 
+def test_what_no_file_can_hold_is_written_as_it_was_read(tmp_path):
+    source = tmp_path / "train.jsonl"
+    line = '{{"prompt": "{} {}", "response": "x", "kind": "\\ud800"}}\n'
+    source.write_text("".join(line.format(WORDS[n], WORDS[n + 1]) for n in range(30)), encoding="utf-8")
+    main(_config(source, data__label="kind"), tmp_path / "out")
+    lines = (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(each)["label"] for each in lines] == ["\ud800"] * 27
+
+
 def test_same_config_same_files(source, tmp_path):
     for name in ("one", "two"):
         main(_config(source), tmp_path / name)

@@ -467,6 +467,25 @@ def test_terminal_shows_the_same(inspection):
     assert f"trained: {preview.trained} of {len(preview.tokens)} tokens" in text
 
 
+def test_hostile_rows_upset_neither_terminal_nor_page(tokenizer, tmp_path):
+    nasty = "<script>alert(1)</script> [bold]x[/nope] \x1b[31mred\x07 \u202eback"
+    rows = [
+        row("a:1", nasty, nasty, label="<b>[red]\ud800"),
+        row("a:2", "the bank", "card", label="fine"),
+        Problem(f"unknown role {nasty}\ud800", "a:3\x1b[0m", nasty),
+    ]
+    found = inspect({TRAIN: rows}, tokenizer, RECIPE)
+    with (tmp_path / "out.txt").open("w", encoding="utf-8") as file:
+        print_report(found, "title", Console(file=file, force_terminal=False))
+    write_report(found, "title", tmp_path / "report.html")
+    text = (tmp_path / "out.txt").read_text(encoding="utf-8")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", text + html)
+    assert "<script>" not in html
+    assert "<b>[red]\\ud800" in text
+    assert "[bold]x[/nope] \\x1b[31mred\\x07 \\u202eback" in html
+
+
 def test_findings_come_by_weight(inspection):
     levels = [finding.level for finding in inspection.findings]
     assert levels == sorted(levels, key=["error", "warning", "note"].index)
