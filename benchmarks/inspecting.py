@@ -27,12 +27,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import inputs
 
-from keras_gemma_ft.data.findings import HELD_OUT, TRAIN
 from keras_gemma_ft.data.inspect import inspect
 from keras_gemma_ft.data.inspect_report import write_report
 from keras_gemma_ft.data.readers import read
 from keras_gemma_ft.data.shards import Recipe
 from keras_gemma_ft.data.split import hold_out
+from keras_gemma_ft.data.table import HELD_OUT, TRAIN
 from keras_gemma_ft.data.tokenizer import Tokenizer
 
 LENGTH = 2048

@@ -24,11 +24,11 @@ import numpy as np
 
 from keras_gemma_ft.data.dedupe import NearPairs, Sketches, near_pairs, similarities
 from keras_gemma_ft.data.examine import asked, context, key, said
-from keras_gemma_ft.data.findings import classes_of
 from keras_gemma_ft.data.normalize import fix_roles, normalize
 from keras_gemma_ft.data.rows import Conversation, Problem, Row
 from keras_gemma_ft.data.split import choose
 from keras_gemma_ft.data.staging import staging
+from keras_gemma_ft.data.table import classes_of
 from keras_gemma_ft.errors import UserError
 
 Balance = Literal["off", "down_sample", "weights"]

@@ -20,10 +20,11 @@ import numpy as np
 
 from keras_gemma_ft.config import DATASET_SIZES
 from keras_gemma_ft.data.examine import Examiner, printable
-from keras_gemma_ft.data.findings import HELD_OUT, TRAIN, Finding, Table, all_findings, class_counts
+from keras_gemma_ft.data.findings import Finding, all_findings
 from keras_gemma_ft.data.preview import Preview
 from keras_gemma_ft.data.rows import Row
 from keras_gemma_ft.data.shards import Recipe
+from keras_gemma_ft.data.table import HELD_OUT, TRAIN, Table, class_counts
 from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.data.workers import ChunkedWork
 from keras_gemma_ft.errors import UserError

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from keras_gemma_ft.data.examine import printable
-from keras_gemma_ft.data.findings import TRAIN
 from keras_gemma_ft.data.inspect import Histogram, Inspection, Part
 from keras_gemma_ft.data.preview import Preview, PreviewToken
+from keras_gemma_ft.data.table import TRAIN
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import write_json, write_text
 

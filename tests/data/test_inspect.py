@@ -17,10 +17,10 @@ from rich.console import Console
 
 from keras_gemma_ft.config import DATASET_SIZES
 from keras_gemma_ft.data import Conversation, Recipe, Template, encode, prepare
-from keras_gemma_ft.data.findings import HELD_OUT, TRAIN
 from keras_gemma_ft.data.inspect import Inspection, inspect
 from keras_gemma_ft.data.inspect_report import bars, print_report, write_report
 from keras_gemma_ft.data.rows import Problem
+from keras_gemma_ft.data.table import HELD_OUT, TRAIN
 from keras_gemma_ft.data.workers import ChunkedWork
 from keras_gemma_ft.errors import UserError
 
