@@ -19,28 +19,41 @@ from pretrain.voice import typed
 TRAIN, HELD_OUT = 1500, 240
 _PHRASE = "phrase "
 
+Example = tuple[str, str]
 
-def examples(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(message, office) pairs that differ by more than case and punctuation, each office as often."""
+
+def examples(seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """(message, office) pairs for training and held out, each office as often, all of them different.
+
+    Two messages that differ by case and punctuation alone count as the same. The last template of an office
+    is used for held-out messages only: a third of them is worded like nothing in training.
+    """
     rng = random.Random(seed)
     sections = read_sections("demo.txt")
     phrases = {name.removeprefix(_PHRASE): lines for name, lines in sections.items() if _PHRASE in name}
     offices = [name for name in sections if _PHRASE not in name]
-    found: dict[tuple[str, ...], tuple[str, str]] = {}
-    while len(found) < count:
-        office = offices[len(found) % len(offices)]
-        text = typed(rng, Writer(rng, phrases).write(rng.choice(sections[office])))
-        found.setdefault(words_of(text), (text, office))
-    pairs = list(found.values())
-    rng.shuffle(pairs)
-    return pairs
+    seen: set[tuple[str, ...]] = set()
+
+    def draw(count: int, unseen_share: float) -> list[Example]:
+        made: list[Example] = []
+        while len(made) < count:
+            office = offices[len(made) % len(offices)]
+            *usual, unseen = sections[office]
+            template = unseen if rng.random() < unseen_share else rng.choice(usual)
+            text = typed(rng, Writer(rng, phrases).write(template))
+            if words_of(text) not in seen:
+                seen.add(words_of(text))
+                made.append((text, office))
+        rng.shuffle(made)
+        return made
+
+    return draw(TRAIN, 0.0), draw(HELD_OUT, 1 / 3)
 
 
 def main() -> None:
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    pairs = examples(TRAIN + HELD_OUT)
-    for name, part in (("train", pairs[:TRAIN]), ("held_out", pairs[TRAIN:])):
+    for name, part in zip(("train", "held_out"), examples(), strict=True):
         rows = [json.dumps({"prompt": text, "response": office}) for text, office in part]
         (target / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
