@@ -16,11 +16,10 @@ import numpy as np
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.export.certificate import certify, compare_weights, refused
-from keras_gemma_ft.export.hf import export_hf
+from keras_gemma_ft.export.hf import write_hf
 from keras_gemma_ft.export.staging import staged
 from keras_gemma_ft.export.tuned import Tuned
 from keras_gemma_ft.model.config import Gemma4Config
-from keras_gemma_ft.model.loading import open_source
 from keras_gemma_ft.model.weights import Weight
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -57,13 +56,15 @@ def export_gguf(
     """
     with staged(target) as directory:
         hf = directory / "hf"
-        export_hf(hf, tuned, write_tokenizer)
+        hf.mkdir()
+        merged = write_hf(hf, tuned, write_tokenizer, tuned.dtype)
+        compare_weights(merged, tuned)
         convert(hf, directory / FILE, converter, output_type)
         exported = GgufSource(directory / FILE, tuned.config, converter)
         loss = _LOSS_OF_Q8_0 if output_type == "q8_0" else 0.0
-        weights = compare_weights(exported, Tuned(open_source(hf), {}, None), loss)
+        weights = compare_weights(exported, Tuned(merged, {}, None), loss)
         shutil.rmtree(hf)
-        described = {"format": "gguf", "dtype": output_type, **(about or {})}
+        described = {"format": "gguf", "dtype": exported.dtype, **(about or {})}
         return certify(directory, exported, tuned, described, weights, lossless=False)
 
 

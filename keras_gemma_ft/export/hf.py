@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.export.certificate import certify, compare_weights
 from keras_gemma_ft.export.shards import TensorSpec, write_sharded
 from keras_gemma_ft.export.staging import staged
 from keras_gemma_ft.export.tuned import Tuned
 from keras_gemma_ft.json_files import write_json
-from keras_gemma_ft.model.loading import open_source
+from keras_gemma_ft.model.loading import Source, open_source
 from keras_gemma_ft.model.weights import TEXT_PREFIX, Weight, table
 
 SHARD_BYTES = 5 * 10**9
@@ -47,23 +45,34 @@ def export_hf(
             then nothing is left behind.
     """
     dtype = dtype or tuned.dtype
-    places = _places(tuned)
-    specs = [TensorSpec(name, weight.shape, dtype) for name, (weight, _) in places.items()]
-
-    def load(spec: TensorSpec) -> np.ndarray:
-        return tuned.part(*places[spec.name])
-
     with staged(target) as directory:
-        try:
-            write_sharded(directory, specs, load, max_shard_bytes)
-        except ValueError as error:
-            raise not_finite(error) from error
-        write_json(directory / "config.json", tuned.config.to_hf() | {"dtype": dtype})
-        write_tokenizer(directory)
-        exported = open_source(directory)
+        exported = write_hf(directory, tuned, write_tokenizer, dtype, max_shard_bytes)
         weights = compare_weights(exported, tuned)
         described = {"format": "hf", "dtype": dtype, **(about or {})}
         return certify(directory, exported, tuned, described, weights, lossless=dtype == "float32")
+
+
+def write_hf(
+    directory: Path,
+    tuned: Tuned,
+    write_tokenizer: Callable[[Path], Any],
+    dtype: str,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> Source:
+    """Writes the files into an empty directory; returns what reads them back. Arguments as for `export_hf`.
+
+    Raises:
+        UserError: A weight is not finite.
+    """
+    places = _places(tuned)
+    specs = [TensorSpec(name, weight.shape, dtype) for name, (weight, _) in places.items()]
+    try:
+        write_sharded(directory, specs, lambda spec: tuned.part(*places[spec.name]), max_shard_bytes)
+    except ValueError as error:
+        raise not_finite(error) from error
+    write_json(directory / "config.json", tuned.config.to_hf() | {"dtype": dtype})
+    write_tokenizer(directory)
+    return open_source(directory)
 
 
 def not_finite(error: ValueError) -> UserError:

@@ -21,6 +21,7 @@ from keras_gemma_ft.model.loading import open_source
 from keras_gemma_ft.model.lora import LoraConfig
 
 FORMATS = ("hf", "peft", "gguf")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(
@@ -30,6 +31,7 @@ def main(
     *,
     out: str | Path | None = None,
     which: str = "best",
+    dtype: str | None = None,
     base_model: str | None = None,
     whole: bool | None = None,
     llama_cpp: str | None = None,
@@ -43,6 +45,7 @@ def main(
         formats: Some of `FORMATS`, with commas between; None: hf, and peft where there are adapters.
         out: Gets a directory for each format; None: `export` in the run directory.
         which: "best", "last", or a step.
+        dtype: hf: of all weights, one of `DTYPES`; None: the preset's.
         base_model: What PEFT loads beneath the adapters; None: the preset.
         whole: Whether that is a whole Gemma 4 with its towers, where modules have other names; None: as the
             preset is.
@@ -58,6 +61,12 @@ def main(
     # ------------------------------------------------------------------ what, from where, to where
     workdir = Path(workdir).expanduser()
     place = workdir / "export" if out is None else Path(out).expanduser()
+    if dtype not in (None, *DTYPES):
+        raise UserError(
+            "weights cannot be stored so",
+            where=f"--dtype={dtype}",
+            remedy=f"choose from {', '.join(DTYPES)}.",
+        )
     targets = {name: place / name for name in _formats(formats, config.method)}
     for target in targets.values():
         check_target(target)
@@ -87,7 +96,7 @@ def main(
         return gguf.export_gguf(target, tuned, write_tokenizer, converter, gguf_type, about)
 
     exports: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "hf": lambda target: export_hf(target, tuned, write_tokenizer, about),
+        "hf": lambda target: export_hf(target, tuned, write_tokenizer, about, dtype=dtype),
         "peft": lambda target: export_peft(
             target,
             tuned,

@@ -10,7 +10,7 @@ the per-layer input.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -72,7 +72,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a layer needs besides its weights and its input, the same for all layers of a kind."""
+    """What a layer needs besides its input, the same for all layers of a kind.
+
+    `frozen` holds the stacks of weights where these are not trained. Each layer then takes its own out of the
+    stack. As inputs of the scan they would be copied out twice, once for the block and once for the layer.
+    But if they are trained, their gradients would be added up in full size in every layer.
+    """
 
     config: Gemma4Config
     settings: Settings
@@ -81,6 +86,7 @@ class _Layer:
     sin: jax.Array
     attend: Attend
     dropout_key: jax.Array | None
+    frozen: Mapping[str, Matrix] | None = None
 
 
 # --- Public -------------------------------------------------------------------------------------------------
@@ -264,8 +270,12 @@ def _run_stage(
                 for group in range(stage.groups)
             ]
         )
+        weights, is_frozen = _under(prefix, params), bool(adapters)
+        if is_frozen:
+            layers = {**layers, span: replace(layers[span], frozen=weights)}
         inputs[span] = {
-            "weights": _under(prefix, params),
+            "weights": None if is_frozen else weights,
+            "place": jnp.asarray(np.moveaxis(np.indices(numbers.shape), 0, -1)),
             "adapters": _under(prefix, adapters),
             "number": jnp.asarray(numbers, jnp.uint32),
             "per_layer": None if per_layer_LxBxTxP is None else per_layer_LxBxTxP[numbers],
@@ -273,7 +283,7 @@ def _run_stage(
         }
     run = {span: _rematerialized(layer) for span, layer in layers.items()}
 
-    def group(carry: tuple[jax.Array, dict[str, KV]], xs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def group(carry: tuple[jax.Array, dict[str, Any]], xs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x, kv = carry
         caches = {}
         if "local" in xs:
@@ -340,8 +350,9 @@ def _rematerialized(layer: _Layer) -> Callable[..., Any]:
 def _decoder_layer(
     layer: _Layer, inputs: dict[str, Any], x: jax.Array, shared: KV | None
 ) -> tuple[jax.Array, KV, Any]:
-    """One layer: `inputs` holds its weights, adapters, number, per-layer input and cache."""
-    w, config = inputs["weights"], layer.config
+    """One layer: `inputs` holds its weights or their place, adapters, number, per-layer input and cache."""
+    config = layer.config
+    w = inputs["weights"] if layer.frozen is None else _taken(layer.frozen, inputs["place"])
     if layer.settings.remat == "offload":
         x = checkpoint_name(x, "layer_input")
     norm = partial(_normed, w, config.rms_norm_eps)
@@ -363,6 +374,19 @@ def _decoder_layer(
         projected = project(("per_layer_projection",), product, 5)[0]
         x = x + norm(projected, "post_per_layer_input_norm")
     return x * w["layer_scalar"].astype(x.dtype), kv, cache
+
+
+def _taken(stacks: Any, place: jax.Array) -> Any:
+    """Of each array [groups, (locals,) …] what is at `place`, int [1 or 2]."""
+    depth = place.shape[0]
+
+    def one(stack: jax.Array) -> jax.Array:
+        start = [*place, *[0] * (stack.ndim - depth)]
+        return jax.lax.dynamic_slice(stack, start, (1,) * depth + stack.shape[depth:]).reshape(
+            stack.shape[depth:]
+        )
+
+    return jax.tree.map(one, stacks)
 
 
 def _normed(w: Mapping[str, jax.Array], epsilon: float, x: jax.Array, name: str) -> jax.Array:
@@ -430,7 +454,7 @@ def _attention(
 ) -> tuple[jax.Array, KV, Any]:
     kind, config = layer.kind, layer.config
     heads = lambda array: array.reshape(*x.shape[:2], -1, kind.head_dim)  # noqa: E731
-    roles = ("q_proj",)
+    roles: tuple[str, ...] = ("q_proj",)
     if kind.owns_kv:
         roles = ("q_proj", "k_proj") if kind.k_eq_v else ("q_proj", "k_proj", "v_proj")
     q, *kv = project(roles, x, 0)

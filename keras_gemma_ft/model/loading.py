@@ -187,7 +187,7 @@ class RandomSource:
         self._key = jnp.asarray([seed, 0], jnp.uint32)
         self._places = {name: place for place, name in enumerate(weights_of(config))}
 
-    def part(self, weight: Weight, index: tuple[int, ...]) -> jax.Array:
+    def part(self, weight: Weight, index: tuple[int, ...]) -> Any:
         if weight.use == "small" and weight.role != "router_proj":
             return jnp.ones(weight.shape, self.dtype)
         place = int(np.ravel_multi_index(index, weight.layers.shape)) if index else 0
@@ -255,7 +255,7 @@ def kind_of(weight: Weight, quantization: Quantization | None) -> Kind | None:
 
 
 def _load_one(source: Source, weight: Weight, dtype: str, kind: Kind | None) -> jax.Array | QuantizedTensor:
-    indices = list(np.ndindex(weight.layers.shape)) if weight.in_layers else [()]
+    indices: list[tuple[int, ...]] = list(np.ndindex(weight.layers.shape)) if weight.in_layers else [()]
     if kind is None:
         return _stacked(source, weight, indices, dtype)
     if weight.use == "embedding":

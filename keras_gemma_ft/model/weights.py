@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -143,11 +143,11 @@ class KerasHubWeight:
         return ours
 
 
-def _scale(layer: str, **file: str) -> KerasHubWeight:
+def _scale(layer: str, **file: Any) -> KerasHubWeight:
     return KerasHubWeight(((layer, "scale", 0),), **file)
 
 
-def _kernel(layer: str, **file: str) -> KerasHubWeight:
+def _kernel(layer: str, **file: Any) -> KerasHubWeight:
     return KerasHubWeight(((layer, "kernel", 0),), (1, 0), **file)
 
 

@@ -102,6 +102,7 @@ def faults() -> dict[str, tuple[list[str], str, str]]:
     return {
         "unknown format": (["--format=hf,onnx"], "--format=hf,onnx", "choose from hf, peft, gguf"),
         "unknown checkpoint": (["--which=first"], "--which=first", "best, last, or a step"),
+        "unknown type": (["--dtype=int8"], "--dtype=int8", "choose from float32, bfloat16"),
         "missing step": (["--which=4"], "holds no checkpoint of step 4", "--which=last"),
         "no converter": (["--format=gguf"], "--format=gguf", "git clone"),
         "no such flag": (["--formats=hf"], "--formats", "did you mean --format?"),

@@ -1,0 +1,87 @@
+"""Answers of an exported directory in transformers, token for token those of the model that was exported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tuning import adapters
+
+from keras_gemma_ft.checkpoint import restore
+from keras_gemma_ft.export.hf import export_hf
+from keras_gemma_ft.export.preset import Preset
+from keras_gemma_ft.export.tuned import Tuned
+from keras_gemma_ft.model.causal_lm import GemmaCausalLM
+from keras_gemma_ft.model.loading import open_source
+from keras_gemma_ft.model.lora import LoraConfig
+from keras_gemma_ft.presets import DEMO
+
+NEW_TOKENS = 12
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    lines = (DEMO / "held_out.jsonl").read_text(encoding="utf-8").splitlines()[:50]
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+def transformers_answers(directory: Path, prompts: list[str]) -> list[str]:
+    """Greedy answers by an exported directory alone; one with adapters names its base itself."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = directory / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else directory
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    inputs = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    out = model.generate(**inputs, **greedy, max_new_tokens=NEW_TOKENS)
+    answers = out[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def test_the_same_greedy_answers(prompts, tmp_path):
+    """With random adapters: every answer is another, and most do not stop."""
+    preset = Preset("gemma4_tiny")
+    source = open_source(preset.directory)
+    config = LoraConfig(4, 0.5)
+    model = Tuned(source, adapters(preset.directory, config), config)
+    export_hf(
+        tmp_path / "hf", model, lambda path: preset.write_tokenizer(path, source.config), dtype="float32"
+    )
+    ours = GemmaCausalLM.from_preset(str(tmp_path / "hf"), dtype="float32").generate(prompts, NEW_TOKENS)
+    assert transformers_answers(tmp_path / "hf", prompts) == ours
+    assert len(set(ours)) > 40
+
+
+@pytest.mark.heavy
+def test_the_same_greedy_answers_after_training(prompts, tmp_path):
+    """The whole way from the command line: the run's own model, and what transformers and PEFT make of it."""
+    run = tmp_path / "run"
+    keras_gemma_ft("train", "--config=tiny", "--config.train.max_steps=40", f"--workdir={run}")
+    keras_gemma_ft("export", f"--workdir={run}")
+    keras_gemma_ft("export", "--format=hf", "--dtype=float32", f"--workdir={run}", f"--out={tmp_path}")
+    lora = json.loads((run / "config.json").read_text())["lora"]
+    model = GemmaCausalLM.from_preset("gemma4_tiny", dtype="float32")
+    model.enable_lora(lora["rank"], dropout=lora["dropout"])
+    restore(model, run / "checkpoints", "best")
+    ours = model.generate(prompts, NEW_TOKENS)
+    assert transformers_answers(tmp_path / "hf", prompts) == ours
+    assert transformers_answers(run / "export" / "peft", prompts) == ours
+    # The preset is stored in bfloat16, and so is what is merged into it: those are other weights.
+    rounded = GemmaCausalLM.from_preset(str(run / "export" / "hf"), dtype="float32")
+    assert transformers_answers(run / "export" / "hf", prompts) == rounded.generate(prompts, NEW_TOKENS)
+
+
+def keras_gemma_ft(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "keras_gemma_ft", *arguments], check=True, cwd=ROOT)

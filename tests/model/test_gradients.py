@@ -1,0 +1,166 @@
+"""Gradients in float32: as PEFT and transformers compute them, and the same in every way to compute them."""
+
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from decoders import FLOAT32, VOCABULARY, distance, gradients, random_adapters, tokens
+from small_models import KINDS
+
+from keras_gemma_ft.model.weights import ALL_LINEAR, table
+
+RANK, ALPHA = 4, 8.0
+TOLERANCE = 1e-3
+SETTINGS = dataclasses.replace(FLOAT32, lora_scale=ALPHA / RANK)
+
+
+def loss_mask() -> np.ndarray:
+    return np.random.default_rng(1).random(tokens().shape) < 0.5
+
+
+@pytest.fixture(scope="session")
+def ours(decoder):
+    """Gives a kind's losses, logits and gradients of all weights and adapters."""
+
+    @functools.cache
+    def compute(kind: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        adapters = random_adapters(decoder(kind).config, RANK)
+        return gradients(decoder(kind), loss_mask(), tokens(), settings=SETTINGS, adapters=adapters)
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def theirs(decoder, torch_model):
+    """Gives a kind's logits and its gradients by PEFT's names, of the base as well."""
+    import peft
+    import torch
+
+    @functools.cache
+    def compute(kind: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        config = decoder(kind).config
+        settings = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=list(ALL_LINEAR), lora_dropout=0.0
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's own
+            model = peft.get_peft_model(torch_model(kind), settings)
+        given = peft_parts(config, random_adapters(config, RANK))
+        found = {name for name, _ in model.named_parameters() if "lora_" in name}
+        assert found == set(given)
+        leaves = dict(model.named_parameters())
+        leaves |= {name: value for name, value in model.named_buffers() if name.endswith("layer_scalar")}
+        with torch.no_grad():
+            for name, value in given.items():
+                leaves[name].copy_(torch.from_numpy(value))
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        rows, mask = torch.from_numpy(tokens()).long(), torch.from_numpy(loss_mask())[:, 1:]
+        logits = model(rows).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, VOCABULARY), rows[:, 1:].reshape(-1), reduction="none"
+        )
+        losses[mask.reshape(-1)].sum().backward()
+        grads = {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+        return logits.detach().numpy(), grads
+
+    return compute
+
+
+def peft_parts(config: Any, adapters: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Adapters, or their gradients, layer by layer by PEFT's names in a live model."""
+    parts = {}
+    for name, factors in adapters.items():
+        for factor, value in factors.items():
+            for index, peft_name in table(config)[name].peft_names(factor):
+                parts[peft_name.removesuffix(".weight") + ".default.weight"] = value[index]
+    return parts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_with_adapters_equal_peft(ours, theirs, kind):
+    assert distance(ours(kind)[1], theirs(kind)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_gradients_equal_peft(decoder, ours, theirs, kind):
+    expected = theirs(kind)[1]
+    for name, gradient in peft_parts(decoder(kind).config, ours(kind)[2]["adapters"]).items():
+        assert distance(gradient, expected[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_base_gradients_equal_transformers(decoder, ours, theirs, kind):
+    """Every weight's, the router's, the experts' and the tied embedding's among them."""
+    expected = theirs(kind)[1]
+    compared = set()
+    # The last layer's scalar is divided out by the norm after it; what is left of its gradient is rounding.
+    last = decoder(kind).config.num_hidden_layers - 1
+    scalar = expected[f"base_model.model.model.layers.{last}.layer_scalar"]
+    assert abs(scalar) < 1e-3
+    for weight in table(decoder(kind).config).values():
+        gradient = ours(kind)[2]["params"][weight.name]
+        for index, name in weight.hf_names():
+            name = f"base_model.model.model.{name}"
+            wrapped = f"{name.removesuffix('.weight')}.base_layer.weight"
+            name = wrapped if wrapped in expected else name
+            compared.add(name)
+            if expected[name] is scalar:
+                assert abs(gradient[index]) < 1e-3
+            else:
+                assert distance(gradient[index], expected[name]) < TOLERANCE, name
+    assert compared == {name for name in expected if "lora_" not in name} - {
+        "base_model.model.lm_head.weight"
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_targeted_module_gets_gradient(ours, kind):
+    for name, factors in ours(kind)[2]["adapters"].items():
+        for factor, gradient in factors.items():
+            layers = gradient.reshape(-1, gradient.shape[-2] * gradient.shape[-1])
+            assert (np.abs(layers).max(axis=1) > 1e-4).all(), (name, factor)
+
+
+@pytest.fixture(scope="session")
+def adapter_gradients(decoder):
+    """Gives the adapters' gradients of the kind with everything, computed in one way or another."""
+
+    @functools.cache
+    def compute(**settings: Any) -> dict[str, Any]:
+        adapters = random_adapters(decoder("e2b").config, RANK)
+        return gradients(
+            decoder("e2b"),
+            loss_mask(),
+            tokens(),
+            settings=dataclasses.replace(SETTINGS, **settings),
+            adapters=adapters,
+            train_base=False,
+        )[2]["adapters"]
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"remat": "attention"},
+        {"remat": "matmuls"},
+        {"remat": "none"},
+        {"remat": "offload"},
+        {"unroll_locals": True, "unroll_groups": 2},
+        {"remat": "matmuls", "unroll_locals": True, "unroll_groups": 2},
+    ],
+    ids=lambda way: " ".join(map(str, way.values())),
+)
+def test_every_way_to_compute_gradients_gives_the_same(ours, adapter_gradients, way):
+    expected = ours("e2b")[2]["adapters"]
+    found = adapter_gradients(**way)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for name, factors in expected.items():
+        for factor, gradient in factors.items():
+            assert distance(found[name][factor], gradient) < 1e-5, (name, factor)

@@ -1,0 +1,67 @@
+"""A decoder with quantized weights computes what it would with their dequantized values."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import FLOAT32, Decoder, distance, gradients, logits, random_adapters, tokens
+
+from keras_gemma_ft.model.loading import HFSource, load
+from keras_gemma_ft.ops.quantize import QuantizedTensor, dequantize
+
+EVERYTHING = {"weights": "nf4", "embedding": "nf4", "per_layer_embedding": "int8"}
+
+
+def quantized(directory, dtype: str) -> Decoder:
+    source = HFSource(directory)
+    return Decoder(source.config, dict(load(source, dtype, EVERYTHING)))
+
+
+def dequantized(decoder: Decoder, dtype: str) -> Decoder:
+    params = {
+        name: dequantize(value, dtype) if isinstance(value, QuantizedTensor) else value
+        for name, value in decoder.params.items()
+    }
+    return dataclasses.replace(decoder, params=params)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("e2b", "float32"), ("26b_a4b", "bfloat16")])
+def test_logits(hf_directory, decoder, kind, dtype):
+    small = quantized(hf_directory(kind), dtype)
+    settings = dataclasses.replace(FLOAT32, dtype=jnp.dtype(dtype))
+    plain = dequantized(small, dtype)
+    found = logits(small, tokens(), settings=settings)
+    # Both multiply the same values in the same dtype; only the order of sums may differ.
+    assert (
+        distance(found, logits(plain, tokens(), settings=settings))
+        < {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+    )
+    # It is really quantized: 4 bits a weight move the logits.
+    assert distance(found, logits(decoder(kind), tokens())) > 0.05
+
+
+def test_what_is_quantized(hf_directory):
+    params = quantized(hf_directory("26b_a4b"), "float32").params
+    kinds = {name: value.kind for name, value in params.items() if isinstance(value, QuantizedTensor)}
+    assert set(kinds.values()) == {"nf4"}
+    roles = {name.rpartition("/")[2] for name in kinds}
+    assert {"experts_gate_up", "experts_down", "q_proj", "down_proj", "embed_tokens"} <= roles
+    assert all(value.dtype == jnp.float32 for name, value in params.items() if name not in kinds)
+    assert not {role for role in roles if "norm" in role or "router" in role or "scalar" in role}
+    edge = quantized(hf_directory("e2b"), "float32").params
+    assert edge["embed_tokens_per_layer"].kind == "int8"
+    assert edge["own/local/per_layer_input_gate"].kind == "nf4"
+
+
+def test_gradients_of_adapters(hf_directory):
+    small = quantized(hf_directory("26b_a4b"), "float32")
+    adapters = random_adapters(small.config)
+    mask = np.ones(tokens().shape, bool)
+    found, expected = (
+        gradients(model, mask, tokens(), adapters=adapters, train_base=False)[2]["adapters"]
+        for model in (small, dequantized(small, "float32"))
+    )
+    for name, factors in expected.items():
+        for factor, gradient in factors.items():
+            assert distance(found[name][factor], gradient) < 1e-5, (name, factor)
