@@ -8,12 +8,18 @@ BIN := $(VENV)/bin
 # Without compiling ahead: only what is imported is ever compiled, and that saves a minute of the installation.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup test test-all lint lock
+.PHONY: help setup demo test test-all lint lock
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: $(VENV)/run.stamp  ## install the package, as edited here, and what it needs
+
+demo: setup  ## train, evaluate and export the embedded default, offline, in runs/demo
+	rm -rf runs/demo
+	$(BIN)/keras-gemma-ft train --config=tiny --workdir=runs/demo
+	$(BIN)/keras-gemma-ft evaluate --workdir=runs/demo
+	$(BIN)/keras-gemma-ft export --workdir=runs/demo --format=hf,peft
 
 test: lint  ## lint, types and all tests that are not heavy
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not heavy"
