@@ -3,7 +3,6 @@
     python benchmarks/gpu.py                        # the table of the README
     python benchmarks/gpu.py --only=e4b             # rows whose name holds "e4b"
     python benchmarks/gpu.py --case='{"model": "e4b", "method": "lora", "settings": {"remat": "none"}}'
-    python benchmarks/gpu.py --vs-peft              # the same shapes through transformers and PEFT, as ratios
 
 Weights are random and made on the device; rows are packed, of two to six examples; LoRA has rank 16 on all
 seven roles with dropout 0.05. Each row runs in a process of its own. One JSON object a line: tokens a second,
