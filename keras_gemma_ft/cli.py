@@ -72,7 +72,7 @@ def _define_export(values: flags.FlagValues) -> None:
     text("format", None, "hf, peft, gguf, with commas between; default: hf, and peft if there are adapters")
     text("out", None, "where to make a directory for each format; default: export in the run directory")
     text("which", "best", "the checkpoint: best, last, or a step")
-    text("dtype", None, "hf: of the weights: float32, bfloat16, float16; default: the preset's")
+    text("dtype", None, "hf, and what gguf is made from: float32, bfloat16, float16; default: the preset's")
     text("base_model", None, "peft: what the adapters are to be loaded on; default: the preset")
     flags.DEFINE_bool(
         "whole",

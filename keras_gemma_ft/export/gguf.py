@@ -37,6 +37,8 @@ def export_gguf(
     converter: Path,
     output_type: str = "auto",
     about: Mapping[str, Any] | None = None,
+    *,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Writes model.gguf with its certificate.
 
@@ -45,7 +47,7 @@ def export_gguf(
 
     Args:
         target: The directory; an earlier export there is replaced.
-        tuned, write_tokenizer, about: As for `export_hf`.
+        tuned, write_tokenizer, about, dtype: As for `export_hf`, for the directory that is converted.
         converter, output_type: As for `convert`.
 
     Returns:
@@ -57,7 +59,7 @@ def export_gguf(
     with staged(target) as directory:
         hf = directory / "hf"
         hf.mkdir()
-        merged = write_hf(hf, tuned, write_tokenizer, tuned.dtype)
+        merged = write_hf(hf, tuned, write_tokenizer, dtype or tuned.dtype)
         compare_weights(merged, tuned)
         convert(hf, directory / FILE, converter, output_type)
         exported = GgufSource(directory / FILE, tuned.config, converter)

@@ -45,7 +45,7 @@ def main(
         formats: Some of `FORMATS`, with commas between; None: hf, and peft where there are adapters.
         out: Gets a directory for each format; None: `export` in the run directory.
         which: "best", "last", or a step.
-        dtype: hf: of all weights, one of `DTYPES`; None: the preset's.
+        dtype: hf, and what gguf is made from: of all weights, one of `DTYPES`; None: the preset's.
         base_model: What PEFT loads beneath the adapters; None: the preset.
         whole: Whether that is a whole Gemma 4 with its towers, where modules have other names; None: as the
             preset is.
@@ -93,7 +93,7 @@ def main(
 
     def export_gguf(target: Path) -> dict[str, Any]:
         assert converter is not None
-        return gguf.export_gguf(target, tuned, write_tokenizer, converter, gguf_type, about)
+        return gguf.export_gguf(target, tuned, write_tokenizer, converter, gguf_type, about, dtype=dtype)
 
     exports: dict[str, Callable[[Path], dict[str, Any]]] = {
         "hf": lambda target: export_hf(target, tuned, write_tokenizer, about, dtype=dtype),

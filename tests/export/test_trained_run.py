@@ -55,6 +55,7 @@ def test_the_same_greedy_answers_to_fifty_held_out_prompts(prompts, tmp_path):
     model.enable_lora(lora["rank"], dropout=lora["dropout"])
     restore(model, run / "checkpoints", "best")
     ours = model.generate(prompts, NEW_TOKENS)
+    assert len(set(ours)) > 3, "too dull to tell anything"
     assert transformers_answers(tmp_path / "hf", prompts) == ours
     assert transformers_answers(run / "export" / "peft", prompts) == ours
     # The preset is stored in bfloat16, and so is what is merged into it: those are other weights.
