@@ -45,6 +45,7 @@ def run(*arguments, script=None):
 def flags(tmp_path, preset, source):
     return [
         "--config=tiny",
+        "--config.data.eval=None",
         f"--workdir={tmp_path / 'run'}",
         f"--config.preset={preset}",
         f"--config.data.train={source}",
@@ -101,7 +102,7 @@ def test_rows_are_prepared_counted_and_used_where_their_source_is_not(tmp_path, 
         (["data"], "data: there is no such verb\n  There are: data prepare, data inspect"),
         (["data", "inspcet"], "data inspcet: there is no such verb\n  did you mean data inspect?"),
         (["data", "prepare", "--config=tiny"], "--workdir: no run directory is given"),
-        (["data", "inspect", "--config=tiny"], "data.train: no training file is given"),
+        (["data", "inspect", "--config=e4b_lora"], "data.train: no training file is given"),
         (["data", "inspect", "--workdir=x"], "--workdir: there is no such flag"),
     ],
 )
