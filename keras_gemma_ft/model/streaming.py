@@ -1,4 +1,4 @@
-"""A decoder's logits in float32, with one block of layers in memory at a time, on the host's CPU.
+"""A decoder's logits in float32, with one layer in memory at a time, on the host's CPU.
 
 For comparing models that are larger than the memory: the weights are read from their `Source` while the
 hidden states of a few rows pass through.
@@ -50,21 +50,27 @@ def logits(
         x, per_layer = _embed(config, *_used_rows(source, weights, token_ids))
         shared: dict[str, KV] = {}
         for stage in config.stages:
-            block = Stage(stage.name, 0, 1, stage.locals_per_group)
             for group in range(stage.groups):
-                params, factors = {}, {}
-                for name, weight in weights.items():
-                    if name.startswith(f"{stage.name}/"):
-                        params[name] = _group(source, weight, group)
-                        if adapters and name in adapters:
-                            factors[name] = {
-                                factor: jnp.asarray(value[group][None])
-                                for factor, value in adapters[name].items()
-                            }
-                first = stage.layer_index(group, 0)
-                mine = None if per_layer is None else per_layer[first : first + block.locals_per_group + 1]
-                given = {} if stage.name == "own" else shared
-                x, shared = _run_block(config, settings, block, params, factors, mine, x, given)
+                for span, index in _places(stage, group):
+                    prefix = f"{stage.name}/{span}/"
+                    mine = {name: w for name, w in weights.items() if name.startswith(prefix)}
+                    params = {w.role: jnp.asarray(source.part(w, index)) for w in mine.values()}
+                    factors = {
+                        mine[name].role: {factor: value[index] for factor, value in adapter.items()}
+                        for name, adapter in (adapters or {}).items()
+                        if name in mine
+                    }
+                    number = stage.layer_index(group, index[1] if span == "local" else None)
+                    x, shared[span] = _layer(
+                        config,
+                        settings,
+                        f"{stage.name}/{span}",
+                        params,
+                        factors,
+                        None if per_layer is None else per_layer[number],
+                        x,
+                        None if stage.name == "own" else shared[span],
+                    )
         norm, embedding = (source.part(weights[name], ()) for name in ("norm", "embed_tokens"))
         pieces = [
             _head(config, jnp.asarray(norm), jnp.asarray(embedding[i : i + _VOCABULARY_PIECE]), x)
@@ -92,29 +98,30 @@ def _head(config: Gemma4Config, norm: jax.Array, embedding: jax.Array, x: jax.Ar
 
 
 @partial(_jit, static_argnums=(0, 1, 2))
-def _run_block(
+def _layer(
     config: Gemma4Config,
     settings: Settings,
-    block: Stage,
+    kind_name: str,
     params: Mapping[str, Any],
     adapters: gemma4.Adapters,
     per_layer: jax.Array | None,
     x: jax.Array,
-    shared: dict[str, KV],
-) -> tuple[jax.Array, dict[str, KV]]:
+    shared: KV | None,
+) -> tuple[jax.Array, KV]:
+    """One layer; returns the K/V that KV-shared layers are to use after it, too."""
     segment_ids = jnp.ones(x.shape[:2], jnp.int32)
     positions = jnp.cumsum(segment_ids, axis=1) - 1
+    kind = config.kind(*kind_name.split("/"))
     attend = gemma4.attend_within(segment_ids, settings)
-    layers = gemma4._layers(block, config, settings, positions, attend)
-    x, shared, _ = gemma4._run_stage(block, layers, params, adapters, {}, per_layer, x, shared)
-    return x, shared
+    layer = gemma4._Layer(config, settings, kind, *gemma4.rope(positions, kind), attend, None)
+    inputs = {"weights": params, "adapters": adapters, "per_layer": per_layer, "number": None, "cache": None}
+    x, kv, _ = gemma4._decoder_layer(layer, inputs, x, shared)
+    return x, kv
 
 
-def _group(source: Source, weight: Weight, group: int) -> jax.Array:
-    """One block's share of a stack, [1, locals, …] or [1, …]."""
-    shape = weight.layers.shape[1:]
-    parts = [np.asarray(source.part(weight, (group, *index))) for index in np.ndindex(shape)]
-    return jnp.asarray(np.stack(parts).reshape(1, *shape, *weight.shape))
+def _places(stage: Stage, group: int) -> list[tuple[str, tuple[int, ...]]]:
+    """The layers of a group in order: their span, and their index in its stacks."""
+    return [*(("local", (group, local)) for local in range(stage.locals_per_group)), ("global", (group,))]
 
 
 def _used_rows(
