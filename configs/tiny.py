@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.data.max_length = 128
     config.train.learning_rate = 4e-3
     config.train.batch_size = 4
+    config.train.epochs = 2
     config.train.remat = "none"
     config.train.eval_every = 80
     config.task.kind = "classification"
