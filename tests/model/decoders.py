@@ -102,8 +102,20 @@ def _gradients(config, settings, trained, frozen, mask, *rows):
     return losses.sum(), (losses, scores)
 
 
-def distance(ours: Any, theirs: Any) -> float:
-    """The largest difference, relative to the largest magnitude."""
+def keras_hub_logits(backbone: Any, token_ids: np.ndarray) -> np.ndarray:
+    """Logits of a KerasHub backbone, each row one example."""
+    inputs = {
+        "token_ids": token_ids,
+        "padding_mask": np.ones_like(token_ids),
+        "position_ids": np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape),
+    }
+    # Run by itself, it would compile hundreds of programs.
+    run = jax.jit(lambda given: backbone.token_embedding(backbone(given), reverse=True))
+    return np.asarray(run(inputs))
+
+
+def distance(ours: Any, theirs: Any, least: float = 0.0) -> float:
+    """The largest difference, relative to the largest magnitude, or to `least` if that is larger."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), least))
