@@ -368,6 +368,10 @@ def _overridden(config: ConfigDict, overrides: Sequence[str], verb: str) -> Conf
         if none:
             group, leaf = field.name.split(".")
             values.config[group][leaf] = None
+    given = {field.name for field in fields}
+    if "data.train" in given and "data.eval" not in given:
+        # A recipe's held-out rows belong to its own training rows, not to others.
+        values.config.data.eval = None
     validate(values.config)
     return values.config
 

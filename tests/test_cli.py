@@ -118,3 +118,13 @@ def test_flags_change_the_recipe():
     assert config.train.clip_norm is None
     assert config.data.train == "t.jsonl"
     assert (given.workdir, given.resume) == ("runs/x", False)
+
+
+def test_held_out_rows_of_a_recipe_do_not_follow_to_other_training_rows():
+    config, _ = parse("train", ["--config=tiny", "--workdir=x"])
+    assert config.data.eval
+    config, _ = parse("train", ["--config=tiny", "--workdir=x", "--config.data.train=mine.jsonl"])
+    assert config.data.eval is None
+    own = ["--config.data.train=mine.jsonl", "--config.data.eval=other.jsonl"]
+    config, _ = parse("train", ["--config=tiny", "--workdir=x", *own])
+    assert config.data.eval == "other.jsonl"
