@@ -71,33 +71,6 @@ def test_some_targets_alone(preset, tmp_path):
     assert relative_error(logits, adapted_logits(model)) < 1e-4
 
 
-@pytest.fixture(scope="module")
-def whole(preset, tmp_path_factory) -> Path:
-    """A Gemma 4 with towers whose text decoder is the preset of kind e2b."""
-    import torch
-    from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration
-
-    text = Gemma4ForCausalLM.from_pretrained(preset("e2b"))
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
-    vision = {**sizes, "head_dim": 8, "intermediate_size": 24, "num_key_value_heads": 2}
-    audio = {**sizes, "output_proj_dims": 16, "subsampling_conv_channels": [4, 4]}
-    config = Gemma4Config(
-        text_config=text.config.to_dict(),
-        vision_config={**vision, "global_head_dim": 8},
-        audio_config=audio,
-        image_token_id=360,
-        audio_token_id=361,
-    )
-    torch.manual_seed(1)
-    model = Gemma4ForConditionalGeneration(config)
-    model.model.language_model.load_state_dict(text.model.state_dict())
-    model.tie_weights()
-    target = tmp_path_factory.mktemp("whole") / "preset"
-    model.save_pretrained(target)
-    (target / "tokenizer.model").write_bytes((preset("e2b") / "tokenizer.model").read_bytes())
-    return target
-
-
 def test_an_adapter_on_a_whole_gemma_4_leaves_its_towers_alone(preset, whole, tmp_path):
     known = Preset(str(whole))
     assert known.is_whole
