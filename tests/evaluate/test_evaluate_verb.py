@@ -31,6 +31,7 @@ def make_run(place: Path, method: str) -> Any:
             "method": method,
             "precision": "float32",
             "lora": {"rank": 2},
+            "task": {"kind": "classification"},
             "data": {"train": str(DEMO / "train.jsonl"), "eval": str(DEMO / "held_out.jsonl")},
         }
     )
