@@ -18,6 +18,11 @@ def get_config() -> ConfigDict:
     config.precision = "float32"
     config.data.template = "Classify: {text}"
     config.data.response = "category"
-    config.data.max_length = 256
+    config.data.max_length = 160
+    config.train.learning_rate = 1e-3
+    config.train.batch_size = 8
+    config.train.epochs = 3
+    config.train.remat = "none"
+    config.train.eval_every = 300
     config.task.kind = "classification"
     return config
