@@ -28,7 +28,7 @@ FILES = {
     "restaurant8k": ("train_0.json", "test.json"),
     "gsm8k": ("train.jsonl", "test.jsonl"),
 }
-LENGTHS = {"banking77": 256, "restaurant8k": 256, "gsm8k": 512}
+LENGTHS = {"banking77": 160, "restaurant8k": 256, "gsm8k": 512}
 
 
 def rows_of(dataset: str, path: Path) -> list[tuple[str, str]]:
