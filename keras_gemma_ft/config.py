@@ -50,6 +50,7 @@ class Field:
 POSITIVE = math.nextafter(0.0, 1.0)  # the least float above zero: "more than 0" as a closed range
 BELOW_ONE = math.nextafter(1.0, 0.0)
 QUANTIZED = ("nf4", "int8")
+TRACKERS = ("wandb", "trackio")
 TASKS = ("auto", "classification", "extraction", "numeric", "instructions", "generation", "perplexity")
 
 # Rows that the fine-tuning guide recommends, by purpose: from, to.
@@ -344,6 +345,11 @@ FIELDS: tuple[Field, ...] = (
         choices=("report", "stop", "stop_and_restore_best"),
     ),
     Field(
+        "train.trackers",
+        "",
+        "what else gets the run's numbers: wandb, trackio, or both with a comma; empty: nothing",
+    ),
+    Field(
         "task.kind", "auto", "how `evaluate` scores answers; auto decides by the held-out rows", choices=TASKS
     ),
 )
@@ -453,6 +459,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
+def listed(text: str) -> list[str]:
+    """The names in a field that holds several, with commas between; each once."""
+    return list(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
+
+
 def describe() -> str:
     """The table of fields as text, for `keras-gemma-ft train --help`."""
     lines = []
@@ -500,6 +511,15 @@ def _check_together(values: Mapping[str, Any]) -> None:
             where="data.train",
             remedy="set it in the config, or --config.data.train=FILE.",
         )
+    for name in listed(values["train.trackers"]):
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"{name!r} is no tracker",
+                where="train.trackers",
+                remedy=f"{hint}Choose {_or(TRACKERS)}, or both with a comma.",
+            )
     quantized = [name for name in values if name.startswith("quantization.") and values[name] is not None]
     if values["method"] != "qlora" and quantized:
         raise UserError(

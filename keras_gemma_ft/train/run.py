@@ -31,6 +31,8 @@ from keras_gemma_ft.train.optimizers import adamw
 from keras_gemma_ft.train.overfitting import Verdict
 from keras_gemma_ft.train.progress import TerminalProgress, duration
 from keras_gemma_ft.train.tensorboard import TensorBoardScalars
+from keras_gemma_ft.train.trackers import require as require_trackers
+from keras_gemma_ft.train.trackers import trackers
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def main(config: ConfigDict, workdir: str | Path, *, resume: bool = False) -> Re
     """
     # ------------------------------------------------------------------ place
     validate(config)
+    require_trackers(config.train.trackers)
     place = directory.check(workdir, resume=resume)
     if resume:
         directory.check_same_config(place, config)
@@ -151,6 +154,7 @@ def fit(
             progress,
             MetricsFile(place / "metrics.jsonl"),
             TensorBoardScalars(place / "tensorboard"),
+            *trackers(config, place, progress.say),
         ]
         measurements = Measurements(batches, writers, optimizer.learning_rate_at)
         detector = OverfittingDetector(
