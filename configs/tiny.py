@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 4
     config.train.epochs = 2
     config.train.remat = "none"
-    config.train.eval_every = 80
+    config.train.eval_every = 40
     config.task.kind = "classification"
     return config

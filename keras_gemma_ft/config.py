@@ -339,6 +339,13 @@ FIELDS: tuple[Field, ...] = (
         low=1,
     ),
     Field(
+        "train.answers",
+        16,
+        "training and held-out prompts each that are answered when the held-out loss stops falling, to tell "
+        "learning from memorizing; a few are answered at every measurement; 0: none",
+        low=0,
+    ),
+    Field(
         "train.on_overfitting",
         "report",
         "what a verdict of overfitting or divergence does",

@@ -55,6 +55,7 @@ def write_report(directory: str | Path, *, advice: Sequence[str] = (), title: st
         "advice": list(advice),
         "missing": [(name, PARTS[name]) for name in run.missing],
         "audit": run.audit,
+        "samples": [_shortened_sample(sample) for sample in run.samples],
     }
     html = template("report.html.jinja").render(figures=figures(run), **shared)
     markdown = template("report.md.jinja", escape=False).render(**shared)
@@ -82,10 +83,9 @@ def summarize(run: RunRecord) -> dict[str, Any]:
             "best_step": int(held_steps[best]),
             "last": float(held_out[-1]),
         }
-    _, throughput = run.curve("tokens_per_s")
+    _, throughput = run.curve("tokens_per_second")
     if len(throughput):
-        # The first steps compile.
-        numbers["tokens_per_s"] = float(np.median(throughput[len(throughput) // 10 :]))
+        numbers["tokens_per_second"] = float(np.median(throughput))
     if run.verdicts:
         numbers["verdict"] = run.verdicts[-1]
         numbers["verdict_changes"] = [
@@ -114,7 +114,11 @@ def figures(run: RunRecord) -> list[dict[str, Any]]:
             "Training loss (solid), held-out loss (dashed, dots), its best (star); verdicts at dotted lines.",
         ),
         ("Learning rate", plots.series(run, "learning_rate", "learning rate"), "Over the steps of the run."),
-        ("Throughput", plots.series(run, "tokens_per_s", "tokens per second"), "The first steps compile."),
+        (
+            "Throughput",
+            plots.series(run, "tokens_per_second", "tokens per second"),
+            "Of each step, without the time that compilation and held-out measurements take.",
+        ),
         (
             "Confusion matrix",
             plots.confusion_matrix(tuned),
@@ -210,6 +214,7 @@ def template(name: str, *, escape: bool = True) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["zip"] = zip
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment.get_template(name)
 
@@ -230,6 +235,11 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, (list, tuple)):
         return [(name, ", ".join(map(str, value)))]
     return [(name, f"{value:,}" if type(value) is int and value >= 10_000 else str(value))]
+
+
+def _shortened_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {name: _shortened(sample[name]) for name in ("prompt", "expected")}
+    return {**sample, **texts, "answers": [_shortened(answer) for answer in sample["answers"]]}
 
 
 def _shortened(text: str) -> str:

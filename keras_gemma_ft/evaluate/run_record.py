@@ -76,6 +76,23 @@ class RunRecord:
         """Of the first step, where it was recorded."""
         return next((record["audit"] for record in self.metrics if "audit" in record), None)
 
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """What was answered during training: `prompt`, `expected`, and first and last answer."""
+        records = [record for record in self.metrics if record.get("samples")]
+        if not records:
+            return []
+        first, last = records[0], records[-1]
+        return [
+            {
+                "prompt": late["prompt"],
+                "expected": late["expected"],
+                "steps": [first["step"], last["step"]],
+                "answers": [early["answer"], late["answer"]],
+            }
+            for early, late in zip(first["samples"], last["samples"], strict=False)
+        ]
+
 
 def read_run(directory: str | Path) -> RunRecord:
     """Reads a run directory.

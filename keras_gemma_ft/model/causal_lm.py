@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -78,6 +79,7 @@ class GemmaCausalLM(keras.Model):
         self.seed = seed
         self.settings = Settings(dtype=jnp.dtype(self.compute_dtype))
         self.micro_batch_size: int | None = None
+        self.log_gradients = False
         self._adapters_on = True
         if weights is None:
             source = loading.RandomSource(config, seed, self.variable_dtype)
@@ -284,6 +286,7 @@ class GemmaCausalLM(keras.Model):
         optimizer: Any = "adamw",
         *,
         micro_batch_size: int | None = None,
+        log_gradients: bool = False,
         settings: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
@@ -292,6 +295,7 @@ class GemmaCausalLM(keras.Model):
         Args:
             optimizer: A Keras optimizer, such as `keras_gemma_ft.optimizers.adamw()`.
             micro_batch_size: Rows on the device at once; None: the whole batch.
+            log_gradients: Also log `squared_gradients` in training: by variable path, float32 [layers…].
             settings: Fields of `gemma4.Settings` to change, such as `remat`.
             others: As for `keras.Model.compile`.
 
@@ -304,6 +308,7 @@ class GemmaCausalLM(keras.Model):
             )
         super().compile(optimizer=optimizer, **others)
         self.micro_batch_size = micro_batch_size
+        self.log_gradients = log_gradients
         self.settings = dataclasses.replace(self.settings, **(settings or {}))
 
     def train_step(self, state: tuple[Any, ...], data: Any) -> tuple[dict[str, Any], tuple[Any, ...]]:
@@ -315,6 +320,8 @@ class GemmaCausalLM(keras.Model):
         share = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
         gradients = [gradient * share for gradient in gradients]
         logs = {"loss": loss * share, "tokens": tokens, "grad_norm": optax.global_norm(gradients)}
+        if self.log_gradients:
+            logs["squared_gradients"] = self._squared_by_layer(gradients)
         trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
         return logs, (trainable, rest, optimizer, metrics)
 
@@ -361,6 +368,17 @@ class GemmaCausalLM(keras.Model):
             )
 
         return sums
+
+    def _squared_by_layer(self, gradients: Sequence[jax.Array]) -> dict[str, jax.Array]:
+        """Squared norm of each trainable variable's gradient, by path; one for each layer that it stacks."""
+        weights = table(self.config)
+        squared = {}
+        for variable, gradient in zip(self.trainable_variables, gradients, strict=True):
+            weight = weights[re.sub("/lora_[ab]$", "", variable.path.removeprefix(f"{self.name}/"))]
+            axes = weight.layers.ndim if weight.in_layers else 0
+            squares = jnp.square(gradient.astype(jnp.float32))
+            squared[variable.path] = squares.sum(tuple(range(axes, squares.ndim)))
+        return squared
 
     def _next_key(self, rest: list[Any]) -> tuple[jax.Array, list[Any]]:
         """A dropout key for this step, and the other variables with the generator one step on."""

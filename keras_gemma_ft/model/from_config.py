@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import keras
 from ml_collections import ConfigDict
 
 from keras_gemma_ft.config import weights_quantization
@@ -17,7 +16,6 @@ def build_model(config: ConfigDict) -> GemmaCausalLM:
     Raises:
         UserError: There is no such preset, or the config does not fit it.
     """
-    keras.utils.set_random_seed(config.seed)
     model = build_base(config)
     if config.method != "full":
         lora = config.lora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,18 +65,41 @@ class Audit:
 
 
 def module_of(path: str) -> str:
-    """The group of a variable: its path without its own name, so that an adapter's A and B are one group."""
+    """The group of a Keras layer's variable: its path without its own name."""
     return path.rpartition("/")[0] or path
+
+
+def weight_of(path: str) -> str:
+    """The group of a variable of `GemmaCausalLM`: the weight itself, or the one that an adapter is beside."""
+    return re.sub(r"/lora_[ab]$", "", path.partition("/")[2])
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What an audit needs to know of a variable's gradient.
+
+    Attributes:
+        squared: Squared norm, float [layers…] where the variable stacks layers, else [].
+        size: Numbers in it.
+    """
+
+    squared: np.ndarray
+    size: int
+
+    @classmethod
+    def of(cls, gradient: Any) -> Gradient:
+        """That of an array of any shape, without layers."""
+        values = np.asarray(gradient, np.float64)
+        return cls(np.square(values).sum(), values.size)
 
 
 def audit(
     loss: float,
     supervised_tokens: int,
-    gradients: Mapping[str, Any],
+    gradients: Mapping[str, Gradient],
     *,
     updates: Mapping[str, Any] | None = None,
     group_of: Callable[[str], str] = module_of,
-    layer_axes: Callable[[str], int] = lambda path: 0,
 ) -> Audit:
     """Norms by module group.
 
@@ -85,43 +109,29 @@ def audit(
     Args:
         loss: Of the batch.
         supervised_tokens: In the batch.
-        gradients: Array of any shape by variable path.
+        gradients: By variable path.
         updates: Value after the step minus value before, by path; None where not measured.
         group_of: Path to group name.
-        layer_axes: How many leading axes of that path's gradient count layers.
     """
     names = list(dict.fromkeys(group_of(path) for path in gradients))
     members = {name: [path for path in gradients if group_of(path) == name] for name in names}
-    return Audit(
-        float(loss),
-        int(supervised_tokens),
-        tuple(_audit_group(name, members[name], gradients, updates, layer_axes) for name in names),
-    )
+    groups = tuple(_audit_group(name, members[name], gradients, updates) for name in names)
+    return Audit(float(loss), int(supervised_tokens), groups)
 
 
 def _audit_group(
     name: str,
     paths: Sequence[str],
-    gradients: Mapping[str, Any],
+    gradients: Mapping[str, Gradient],
     updates: Mapping[str, Any] | None,
-    layer_axes: Callable[[str], int],
 ) -> GroupAudit:
-    by_layer: np.ndarray | None = None
-    squared, parameters = 0.0, 0
-    for path in paths:
-        gradient = np.asarray(gradients[path], np.float32)
-        axes = layer_axes(path)
-        layers = math.prod(gradient.shape[:axes])
-        energy = np.square(gradient.reshape(layers, -1), dtype=np.float64).sum(-1)
-        parameters += gradient.size
-        squared += float(energy.sum())
-        if axes:
-            by_layer = energy if by_layer is None else by_layer + energy
-    silent = () if by_layer is None else tuple(int(layer) for layer in np.flatnonzero(by_layer == 0))
+    by_layer = sum(np.asarray(gradients[path].squared, np.float64).ravel() for path in paths)
+    silent = tuple(np.flatnonzero(by_layer == 0).tolist()) if np.size(by_layer) > 1 else ()
     moved = None
     if updates is not None:
         moved = math.sqrt(sum(float(np.square(np.asarray(updates[p], np.float64)).sum()) for p in paths))
-    return GroupAudit(name, parameters, math.sqrt(squared), silent, moved)
+    parameters = sum(gradients[path].size for path in paths)
+    return GroupAudit(name, parameters, math.sqrt(float(np.sum(by_layer))), silent, moved)
 
 
 def require_learning(audited: Audit, targets: Sequence[str] | None = None) -> None:

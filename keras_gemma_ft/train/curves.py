@@ -52,14 +52,16 @@ class Slope:
 
 
 def slope(curve: Curve, since: float) -> Slope | None:
-    """The least-squares slope from step `since` on, over four points at least where there are as many.
+    """The least-squares slope from step `since` on, over three points at least: None where there are fewer.
+
+    No more than three are insisted on: in a short run the fourth from last is often the untrained model.
 
     The standard error is that of the residuals with n − 2 degrees of freedom, which supposes
     independent noise.
     """
     if len(curve) < 3:
         return None
-    chosen = curve.steps >= min(since, curve.steps[-min(4, len(curve))])
+    chosen = curve.steps >= min(since, curve.steps[-3])
     x, y = curve.steps[chosen], curve.losses[chosen]
     x = x - x.mean()
     spread = float(x @ x)
@@ -116,8 +118,10 @@ def _levels(curve: Curve, width: int, average: Any, inefficiency: float) -> Leve
     windows = np.lib.stride_tricks.sliding_window_view(curve.losses, width)
     levels = average(windows, axis=-1)
     best = int(np.argmin(levels))
-    # Each level has an error of noise / √width, and windows that do not overlap are independent.
-    error = inefficiency * _noise(curve.losses) * math.sqrt(2 / width)
+    # Each level has an error of noise / √width, and windows that do not overlap are independent. The noise is
+    # that of the later half: in a run of few points the first fall would pass for it.
+    later = curve.losses[-max(3, len(curve) // 2) :]
+    error = inefficiency * _noise(later) * math.sqrt(2 / width)
     return Levels(float(levels[best]), best + width // 2, float(levels[-1]), error)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from keras_gemma_ft.train.answers import as_line
+
 _LINES = 20  # plain lines of a whole run, about
 _QUIET_SECONDS = 30.0  # and one at least this often
 
@@ -39,6 +41,9 @@ class TerminalProgress:
             self.say(f"compiled the training step in {record['compile_seconds']:.1f} s")
         elif "eval_loss" in record:
             self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+        elif "samples" in record:
+            for sample in record["samples"]:
+                self.say(f"  {as_line(sample)}")
         elif "loss" in record:
             self._step(record)
 

@@ -19,8 +19,11 @@ from keras_gemma_ft.config import validate
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, write_json
 from keras_gemma_ft.train import workdir as directory
+from keras_gemma_ft.train.answers import Answers
+from keras_gemma_ft.train.audit import weight_of
 from keras_gemma_ft.train.batches import Batches
 from keras_gemma_ft.train.callbacks.lazy_logs import LazyLogs
+from keras_gemma_ft.train.callbacks.learning_audit import LearningAudit
 from keras_gemma_ft.train.callbacks.measurements import Measurements, Writer
 from keras_gemma_ft.train.callbacks.overfitting_detector import OverfittingDetector
 from keras_gemma_ft.train.callbacks.validation import Validation
@@ -52,10 +55,18 @@ class Result:
     best: checkpoint.Saved
 
 
-def main(config: ConfigDict, workdir: str | Path, *, resume: bool = False) -> Result:
+def main(
+    config: ConfigDict, workdir: str | Path, *, resume: bool = False, data: Path | None = None
+) -> Result:
     """Trains as the config says, and leaves the run in `workdir`.
 
     Nothing is written before the config, the data and the preset have proven right.
+
+    Args:
+        config: As `validate` accepts it.
+        workdir: The run directory.
+        resume: Go on after the last checkpoint.
+        data: Where the prepared rows are; None: `data` in `workdir`, where they are prepared if need be.
 
     Raises:
         UserError: A fault in the config, the data, the preset or the directory.
@@ -70,7 +81,7 @@ def main(config: ConfigDict, workdir: str | Path, *, resume: bool = False) -> Re
 
     with directory.nothing_half_written(place):
         # -------------------------------------------------------------- data
-        examples = prepare_examples(config, place / "data", print)
+        examples = prepare_examples(config, data or place / "data", print)
 
         # -------------------------------------------------------------- model
         from keras_gemma_ft.model.from_config import build_model
@@ -78,7 +89,9 @@ def main(config: ConfigDict, workdir: str | Path, *, resume: bool = False) -> Re
         model = build_model(config)
 
     # ------------------------------------------------------------------ steps, fit, result
-    return fit(model, examples, config, place, resume=resume)
+    count = config.train.answers
+    answers = Answers(model, examples.train, examples.held_out, count=count) if count else None
+    return fit(model, examples, config, place, resume=resume, answers=answers)
 
 
 def fit(
@@ -88,6 +101,7 @@ def fit(
     workdir: str | Path,
     *,
     resume: bool = False,
+    answers: Answers | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Result:
     """Trains a model on prepared rows; the second half of `main`.
@@ -96,12 +110,14 @@ def fit(
     steps, so a run can stop after any step and go on there.
 
     Args:
-        model: Takes the batches of `Batches` in `fit`, logs each batch's own `loss` and `tokens`, and splits
-            a batch by `compile(micro_batch_size=…)`.
+        model: Takes the batches of `Batches` in `fit`, logs each batch's own `loss` and `tokens`, splits a
+            batch by `compile(micro_batch_size=…)`, and logs gradients by `compile(log_gradients=True)`.
         examples: Rows for training, and held-out rows.
         config: As `validate` accepts it.
         workdir: The run directory; made if need be.
         resume: Go on after the last checkpoint.
+        answers: Asked for samples at each held-out measurement, and what is known by heart when the held-out
+            loss has stopped falling.
         callbacks: More of them, called after those of the run.
     """
     place = Path(workdir)
@@ -122,7 +138,7 @@ def fit(
         clip_norm=train.clip_norm,
         weight_decay=train.weight_decay,
     )
-    model.compile(optimizer=optimizer, micro_batch_size=train.micro_batch_size)
+    model.compile(optimizer=optimizer, micro_batch_size=train.micro_batch_size, log_gradients=True)
     settings = Settings.from_config(
         config, rows=examples.train_examples, steps_per_epoch=batches.steps_per_epoch
     )
@@ -162,6 +178,7 @@ def fit(
             warmup_steps=round(train.warmup_ratio * total),
             total_steps=total,
             settings=settings,
+            probe=answers.reproduction if answers is not None else None,
             metrics_file=place / "metrics.jsonl",
             restore=restore_best,
             report=lambda verdict: _tell(progress, verdict),
@@ -172,11 +189,17 @@ def fit(
             first_step=batches.first_step,
             last_step=total,
             measurements=measurements,
+            answers=answers,
             listeners=(save, lambda step, loss: detector.record_held_out(loss, step)),
+        )
+        audit = LearningAudit(
+            group_of=weight_of,
+            first_step=batches.first_step,
+            report=lambda found: measurements.write(found.to_json()),
         )
         try:
             if len(batches):
-                watching = [detector, measurements, validation, *callbacks, stop]
+                watching = [audit, detector, measurements, validation, *callbacks, stop]
                 log_lazily = LazyLogs(watching, model, len(batches))
                 # Keras would shuffle the batches: their order is ours.
                 model.fit(batches.feed(), shuffle=False, verbose=0, callbacks=log_lazily)
@@ -186,6 +209,9 @@ def fit(
                     save(step, None)
                 else:
                     validation.measure(step)
+        except UserError:
+            write_json(place / "manifest.json", {**manifest, "status": "failed"})
+            raise
         finally:
             for writer in writers:
                 writer.close()

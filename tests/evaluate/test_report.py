@@ -56,7 +56,7 @@ def run(tmp_path_factory):
     records = []
     for step in range(1, 101):
         records.append(
-            {"step": step, "loss": 2.0 / step, "learning_rate": 1e-4, "tokens_per_s": 100.0 + step}
+            {"step": step, "loss": 2.0 / step, "learning_rate": 1e-4, "tokens_per_second": 100.0 + step}
         )
         if step % 20 == 0:
             records.append({"step": step, "eval_loss": 1.0 + 0.001 * (step - 60) ** 2 / 10})
@@ -66,6 +66,9 @@ def run(tmp_path_factory):
             )
     group = {"name": "local/q_proj", "parameters": 123456, "gradient_norm": 0.5, "update_norm": None}
     records.append({"step": 1, "audit": {"loss": 2.0, "supervised_tokens": 9, "groups": [group]}})
+    for step, answer in ((0, "<nothing much>"), (60, "in between"), (100, "card arrival")):
+        sample = {"prompt": f"where is it {INJECTION}", "expected": "card_arrival", "answer": answer}
+        records.append({"step": step, "samples": [sample]})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (directory / "config.json").write_text(json.dumps({"preset": "tiny|x", "lora": {"rank": 16}}))
     (directory / "manifest.json").write_text(
@@ -152,8 +155,11 @@ def test_the_three_reports_hold_the_same_numbers(run):
         assert "12,345" in text
         assert "lora.rank" in text
         assert "the loss rose" in text
+        assert "<nothing much>" in text
+        assert "card arrival" in text
+        assert "in between" not in text  # only the first and the last
     assert numbers["held_out_loss"] == {"first": 1.16, "best": 1.0, "best_step": 60, "last": 1.16}
-    assert numbers["tokens_per_s"] == 155.5  # the median after the first tenth
+    assert numbers["tokens_per_second"] == 150.5
     assert numbers["verdict"]["step"] == 100
     assert [change["step"] for change in numbers["verdict_changes"]] == [20, 80]
     assert set(numbers["calibration_error"]) == {"base", "tuned"}

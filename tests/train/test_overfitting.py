@@ -125,6 +125,16 @@ def test_overfitting_comes_with_its_evidence_and_the_users_numbers():
     assert remedies[3] == "Lower lora.rank from 32 to 16, and lora.alpha to 32."
 
 
+def test_in_a_short_run_the_untrained_model_is_no_trend():
+    """Four measurements of which the first is the base's: that it was bad says nothing of the last three."""
+    train = Curve(STEPS[:170], falling(STEPS[:170], start=10.0, end=0.2, tau=8))
+    held_out = Curve(np.array([0.0, 80, 160, 170]), np.array([10.2, 0.19, 0.216, 0.2158]))
+    verdict = judge(train, held_out)
+    assert verdict.kind == "plateau"
+    assert verdict.evidence.held_out_slope.points == 3
+    assert verdict.evidence.rise_error < 0.1
+
+
 def test_a_gap_alone_is_overfitting_once_held_out_stops():
     flat = falling(HELD_STEPS, end=1.0, tau=15)
     assert run(falling(STEPS, end=0.1, tau=15), flat).kind == "overfitting"

@@ -27,8 +27,9 @@ class ToyModel(keras.Model):
         self.built = True
         self.micro_batch_size: int | None = None
 
-    def compile(self, micro_batch_size: int | None = None, **settings):
+    def compile(self, micro_batch_size: int | None = None, log_gradients: bool = False, **settings):
         super().compile(**settings)
+        self.log_gradients = log_gradients
         self.micro_batch_size = micro_batch_size
 
     def call(self, token_ids, training=False):
@@ -54,7 +55,14 @@ class ToyModel(keras.Model):
             loss, tokens = loss + part_loss, tokens + part_tokens
         gradients = [gradient / jnp.maximum(tokens, 1) for gradient in gradients]
         trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
-        return {"loss": loss / tokens, "tokens": tokens}, (trainable, rest, optimizer, metrics)
+        logs = {"loss": loss / tokens, "tokens": tokens}
+        if self.log_gradients:
+            squared = [jnp.square(gradient).sum() for gradient in gradients]
+            logs["squared_gradients"] = dict(zip(self._paths(), squared, strict=True))
+        return logs, (trainable, rest, optimizer, metrics)
+
+    def _paths(self):
+        return [variable.path for variable in self.trainable_variables]
 
     def test_step(self, state, batch):
         trainable, rest, metrics = state

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.train.answers import Answers
 from keras_gemma_ft.train.batches import Batches
 from keras_gemma_ft.train.callbacks.measurements import Measurements
 
@@ -20,7 +21,8 @@ class Validation(keras.callbacks.Callback):
         held_out: Held-out batches.
         every: Steps between measurements.
         first_step, last_step: Of the run.
-        measurements: Told to settle before, and given the record afterwards.
+        measurements: Told to settle before, and given the records afterwards: the loss, and samples.
+        answers: Gives samples of what the model answers.
         listeners: Called with (step, loss) after each measurement, the model's state in its variables.
     """
 
@@ -32,6 +34,7 @@ class Validation(keras.callbacks.Callback):
         first_step: int,
         last_step: int,
         measurements: Measurements,
+        answers: Answers | None = None,
         listeners: tuple[Callable[[int, float], None], ...] = (),
     ) -> None:
         super().__init__()
@@ -40,6 +43,7 @@ class Validation(keras.callbacks.Callback):
         self._first_step = first_step
         self._last_step = last_step
         self._measurements = measurements
+        self._answers = answers
         self._listeners = listeners
         self.losses: dict[int, float] = {}
 
@@ -59,6 +63,8 @@ class Validation(keras.callbacks.Callback):
         loss, tokens = held_out_loss(self.model, self._held_out)
         self.losses[step] = loss
         self._measurements.write({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+        if self._answers is not None:
+            self._measurements.write({"step": step, "samples": self._answers.samples()})
         for listen in self._listeners:
             listen(step, loss)
         return loss

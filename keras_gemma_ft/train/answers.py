@@ -1,0 +1,135 @@
+"""What a model in training answers: to read beside what was expected, and to count what it knows by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keras_gemma_ft.data.dataset import PackedDataset
+from keras_gemma_ft.model.causal_lm import GemmaCausalLM
+from keras_gemma_ft.model.generation import generate_tokens
+from keras_gemma_ft.train.overfitting import Reproduction
+
+# Prompts at once: one shape for all of a run's answers, so that little is compiled.
+_ROWS = 8
+_LONGEST_ANSWER = 128
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and what is to follow it, both int32 [tokens]."""
+
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+def questions(rows: PackedDataset, count: int) -> list[Question]:
+    """Up to `count` questions of packed rows, evenly from all over them: the last answer of an example each.
+
+    Args:
+        rows: Of prepared conversations.
+        count: At most.
+    """
+    asked = []
+    for index in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)):
+        row = {name: array[0] for name, array in rows.rows([index]).items()}
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            places = row["segment_ids"] == segment
+            tokens, learned = row["token_ids"][places], row["loss_mask"][places]
+            if learned.any():
+                end = int(np.flatnonzero(learned)[-1]) + 1
+                start = int(np.flatnonzero(~learned[:end])[-1]) + 1
+                asked.append(Question(tokens[:start], tokens[start:end]))
+                break
+    return asked
+
+
+class Answers:
+    """Greedy answers of a model to some of its training and held-out prompts.
+
+    Args:
+        model: With its vocabulary.
+        train, held_out: Prepared rows.
+        count: Of questions of either kind that `reproduction` asks.
+        shown: Of held-out questions that `samples` gives.
+    """
+
+    def __init__(
+        self,
+        model: GemmaCausalLM,
+        train: PackedDataset,
+        held_out: PackedDataset,
+        *,
+        count: int = 16,
+        shown: int = 3,
+    ) -> None:
+        self._model = model
+        self._train, self._held_out = questions(train, count), questions(held_out, count)
+        self._shown = shown
+        longest = max((len(question.answer) for question in [*self._train, *self._held_out]), default=1)
+        self._longest = min(longest, _LONGEST_ANSWER)
+
+    def samples(self) -> list[dict[str, str]]:
+        """A few held-out questions: the last `prompt`, the `expected` and the present `answer`, as text."""
+        asked = self._held_out[:_ROWS]  # more than are shown, for the shape that `reproduction` needs too
+        answers = self._answer(asked)
+        return [
+            {
+                "prompt": _last_turn(self._model.tokenizer.decode(question.prompt.tolist())),
+                "expected": self._text(question.answer.tolist()),
+                "answer": self._text(answer),
+            }
+            for question, answer in list(zip(asked, answers, strict=True))[: self._shown]
+        ]
+
+    def reproduction(self) -> Reproduction:
+        """How many training and held-out answers come out verbatim, of each the first 128 tokens."""
+        counts = []
+        for asked in (self._train, self._held_out):
+            right = [
+                answer == question.answer[: self._longest].tolist()
+                for question, answer in zip(asked, self._answer(asked), strict=True)
+            ]
+            counts += [sum(right), len(right)]
+        return Reproduction(*counts)
+
+    def _answer(self, asked: Sequence[Question]) -> list[list[int]]:
+        return generate_tokens(
+            self._model.params(),
+            self._model.config,
+            [question.prompt for question in asked],
+            self._longest,
+            settings=self._model.settings,
+            adapters=self._model.adapters(),
+            stop_ids=self._model.tokenizer.stop_ids,
+            batch_size=_ROWS,
+        )
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        stop_ids = self._model.tokenizer.stop_ids
+        return self._model.tokenizer.decode([token for token in tokens if token not in stop_ids])
+
+
+def _last_turn(prompt: str) -> str:
+    """What was said last before the model's turn, without the turn's own marks."""
+    return (
+        prompt.rpartition("<|turn>model")[0]
+        .rpartition("<|turn>")[2]
+        .partition("\n")[2]
+        .removesuffix("<turn|>\n")
+    )
+
+
+def as_line(sample: dict[str, Any], width: int = 50) -> str:
+    """A sample for the terminal: the prompt's end, the answer, and what was expected if that differs."""
+    prompt, answer, expected = (" ".join(sample[name].split()) for name in ("prompt", "answer", "expected"))
+    wanted = "" if answer == expected else f"  (expected {_cut(expected, width)!r})"
+    asked = prompt if len(prompt) <= width else f"… {prompt[-width:]}"
+    return f"{asked!r} → {_cut(answer, width)!r}{wanted}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[:width]} …"

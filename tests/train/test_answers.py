@@ -1,0 +1,82 @@
+"""Questions and answers of a run, on the embedded preset."""
+
+import pytest
+
+from keras_gemma_ft.data.prepare import prepare
+from keras_gemma_ft.data.rows import Conversation
+from keras_gemma_ft.data.shards import Recipe
+from keras_gemma_ft.data.template import Template
+from keras_gemma_ft.model.causal_lm import GemmaCausalLM
+from keras_gemma_ft.train.answers import Answers, as_line, questions
+
+PROMPTS = [f"Where do I pay for permit number {number}?" for number in range(20, 32)]
+LONGEST = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GemmaCausalLM.from_preset("gemma4_tiny", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def own_answers(model):
+    return model.generate(PROMPTS, LONGEST)
+
+
+def prepared(directory, model, answers):
+    rows = [
+        Conversation(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], f"rows:{number}"
+        )
+        for number, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True), 1)
+    ]
+    recipe = Recipe(Template("edge"), 96, False, "drop", 0)
+    return prepare(rows, directory, model.tokenizer, recipe, {"rows": str(directory)})
+
+
+def test_questions_are_the_last_answers_of_examples(tmp_path, model):
+    rows = prepared(tmp_path / "rows", model, [f"counter {number}" for number in range(len(PROMPTS))])
+    asked = questions(rows, 5)
+    decode = model.tokenizer.decode
+    assert len(asked) == 5
+    assert len(questions(rows, 100)) == len(PROMPTS)
+    for question in asked:
+        prompt, answer = decode(question.prompt.tolist()), decode(question.answer.tolist())
+        assert prompt.endswith("<|turn>model\n")
+        number = PROMPTS.index(prompt.split("user\n")[1].split("<turn|>")[0])
+        assert answer.strip() == f"counter {number}<turn|>"
+
+
+def test_what_is_known_by_heart_is_counted(tmp_path, model, own_answers):
+    known = prepared(tmp_path / "known", model, own_answers)
+    unknown = prepared(tmp_path / "unknown", model, ["counter 7"] * len(PROMPTS))
+    found = Answers(model, known, unknown, count=10).reproduction()
+    # An answer that was cut off by `LONGEST` does not end where the expected one does.
+    whole = sum(
+        model.generate(PROMPTS[place], 2 * LONGEST) == own_answers[place]
+        for place in questions_places(known, model, 10)
+    )
+    assert (found.trained, found.trained_of) == (whole, 10)
+    assert whole > 0
+    assert (found.held_out, found.held_out_of) == (0, 10)
+
+
+def questions_places(rows, model, count):
+    texts = [model.tokenizer.decode(question.prompt.tolist()) for question in questions(rows, count)]
+    return [next(place for place, prompt in enumerate(PROMPTS) if prompt in text) for text in texts]
+
+
+def test_samples_are_what_the_model_generates(tmp_path, model, own_answers):
+    rows = prepared(tmp_path / "rows", model, ["counter 7"] * len(PROMPTS))
+    samples = Answers(model, rows, rows, count=12, shown=2).samples()
+    assert [sample["prompt"] for sample in samples] == PROMPTS[:2]
+    assert {sample["expected"].strip() for sample in samples} == {"counter 7"}
+    longest = len(questions(rows, 12)[0].answer)
+    for sample, prompt in zip(samples, PROMPTS, strict=False):
+        assert sample["answer"].strip() == model.generate(prompt, longest).strip()
+
+
+def test_a_line_says_what_was_expected_where_that_differs():
+    sample = {"prompt": "x" * 60, "expected": "card arrival\n", "answer": "card  arrival"}
+    assert as_line(sample) == f"'… {'x' * 50}' → 'card arrival'"
+    assert as_line({**sample, "answer": "no"}).endswith("→ 'no'  (expected 'card arrival')")
