@@ -7,10 +7,14 @@ any step at once, because a batch follows from its number: that is all there is 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,8 +57,7 @@ def tf_dataset(
     process_count: int = 1,
 ) -> tf.data.Dataset:
     """The batches of `iterate` as a `tf.data.Dataset`, read in parallel and in order."""
-    import tensorflow as tf
-
+    tf = tensorflow()
     shape = (batch_size // process_count, dataset.length)
     dtypes = {"token_ids": tf.int32, "positions": tf.int32, "segment_ids": tf.int32, "loss_mask": tf.bool}
 
@@ -68,6 +71,30 @@ def tf_dataset(
 
     steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max if stop_step is None else stop_step)
     return steps.map(load, num_parallel_calls=2, deterministic=True).prefetch(_AHEAD)
+
+
+@cache
+def tensorflow() -> Any:
+    """TensorFlow, without the lines about missing GPU drivers that its libraries write as they are loaded.
+
+    Their level cannot be set from outside: they are written before any setting is read.
+    """
+    if "tensorflow" in sys.modules:
+        return sys.modules["tensorflow"]
+    sys.stderr.flush()
+    standard_error = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            import tensorflow
+        except BaseException:
+            said.seek(0)
+            os.write(standard_error, said.read())
+            raise
+        finally:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+    return tensorflow
 
 
 def _read_ahead(read: Callable[[int], Batch], start: int, stop: int | None) -> Iterator[Batch]:

@@ -65,13 +65,11 @@ class Batches(keras.utils.PyDataset):
         """What `fit` is given: tf.data, which reads ahead; without TensorFlow, this dataset itself."""
         if importlib.util.find_spec("tensorflow") is None:
             return self
-        import tensorflow
-
-        from keras_gemma_ft.data.pipeline import tf_dataset
+        from keras_gemma_ft.data.pipeline import tensorflow, tf_dataset
 
         # TensorFlow would take the accelerator's memory for itself.
         for kind in ("GPU", "TPU"):
-            tensorflow.config.set_visible_devices([], kind)
+            tensorflow().config.set_visible_devices([], kind)
         span, part = (self.first_step, self.total_steps), (jax.process_index(), jax.process_count())
         return tf_dataset(self.dataset, self.batch_size, self.seed, *span, *part)
 
