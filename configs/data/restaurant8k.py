@@ -22,5 +22,10 @@ def get_config() -> ConfigDict:
     config.data.response = "labels"
     config.data.template = "Slots ({context.requestedSlots:any}): {userInput.text}"
     config.data.max_length = 256
+    config.train.learning_rate = 1e-3
+    config.train.batch_size = 8
+    config.train.epochs = 3
+    config.train.remat = "none"
+    config.train.eval_every = 200
     config.task.kind = "extraction"
     return config
