@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -154,6 +155,15 @@ VERBS: dict[str, Verb] = {
         ),
         takes_config=True,
     ),
+    "sweep": Verb(
+        "train with several settings, longer with the better ones, and say which is best",
+        "--config=tiny --sweep=rank_and_rate --workdir=runs/sweep [--config.data.train=train.jsonl]",
+        lambda config, given: _function("train.trials")(config, _required(given, "sweep"), given.workdir),
+        lambda values: flags.DEFINE_string(
+            "sweep", None, "what to try: a path, or the name of one in configs/sweeps", flag_values=values
+        ),
+        takes_config=True,
+    ),
     "evaluate": Verb(
         "compare what a run trained with its base on the held-out rows, and write the report",
         "--workdir=runs/first [--rows=200] [--forgetting=general]",
@@ -234,6 +244,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         remedy = f" {PROGRAM} train --workdir=… --resume goes on after the last checkpoint."
         print(str(stop) or f"\nStopped at once.{remedy if verb == 'train' else ''}", file=sys.stderr)
+        if verb == "sweep":
+            print(f"Go on with: {shlex.join([PROGRAM, *arguments])}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     return 0
 

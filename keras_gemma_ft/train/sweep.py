@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.json_files import finite, read_json, read_lines, write_json, write_text
+from keras_gemma_ft.json_files import finite, read_json, read_lines, write_json, write_lines, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Run = Callable[[dict[str, Any], Path], float]
+Run = Callable[[dict[str, Any], Path], float | None]
+JOURNAL = "sweep.jsonl"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Sweep:
         def refuse(what: str, field: str) -> None:
             raise UserError(what, where=f"sweep.{field}")
 
+        for name, values in self.parameters.items():
+            if not isinstance(values, (list, tuple)):
+                refuse(f"the values of {name} are {values!r}, not a list", "parameters")
         if not self.parameters or not all(self.parameters.values()):
             refuse("there is nothing to try: each parameter needs one value or more", "parameters")
         if self.budget_field in self.parameters:
@@ -89,6 +93,7 @@ class Trial:
         changes: What the point changes in the config.
         value: The metric; None where the run failed.
         seconds: Wall-clock time.
+        directory: Of the run, in that of the sweep.
         error: Why it failed.
     """
 
@@ -97,6 +102,7 @@ class Trial:
     changes: Mapping[str, Any]
     value: float | None
     seconds: float
+    directory: str
     error: str | None = None
 
 
@@ -114,7 +120,8 @@ def run_sweep(
         sweep: What to try.
         config: The config that the points change.
         directory: Holds the sweep's state and the directory of each run, "trial_003/epochs_1".
-        run: Trains with a config in an empty or new directory and returns the metric.
+        run: Trains with a config in a directory, which is new or was left by a run that was stopped, and
+            returns the metric.
         report: Called after each run.
 
     Returns:
@@ -125,10 +132,9 @@ def run_sweep(
             a round failed.
     """
     directory = Path(directory)
-    _claim(directory, sweep, config)
+    write_json(directory / "sweep.json", check(sweep, config, directory))
     points = sweep.points()
-    journal = directory / "sweep.jsonl"
-    done = {(trial.number, trial.budget): trial for trial in _read(journal)}
+    done = {(trial.number, trial.budget): trial for trial in finished(directory)}
     alive = list(range(1, len(points) + 1))
     sign = 1 if sweep.better == "lower" else -1
     for round_, budget in enumerate(sweep.budgets):
@@ -136,8 +142,7 @@ def run_sweep(
             if (number, budget) not in done:
                 trial = _run_one(sweep, config, directory, run, number, points[number - 1], budget)
                 done[number, budget] = trial
-                with journal.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(finite(asdict(trial))) + "\n")
+                write_lines(directory / JOURNAL, map(asdict, done.values()))
                 if report is not None:
                     report(trial)
         values = {number: done[number, budget].value for number in alive}
@@ -173,16 +178,17 @@ def _run_one(
     budget: float,
 ) -> Trial:
     changed = with_changes(config, {**changes, sweep.budget_field: budget})
-    workdir = directory / f"trial_{number:03d}" / f"{sweep.budget_field.rpartition('.')[2]}_{budget:g}"
+    workdir = Path(f"trial_{number:03d}") / f"{sweep.budget_field.rpartition('.')[2]}_{budget:g}"
     start = time.perf_counter()
     value, error = None, None
     try:
-        value = float(run(changed, workdir))
+        value = run(changed, directory / workdir)
     except Exception as failure:  # one point that does not fit in memory must not end the others
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
-    if value is not None and not math.isfinite(value):
+    if error is None and (value is None or not math.isfinite(value)):
         value, error = None, f"the metric is {value}"
-    return Trial(number, budget, dict(changes), value, time.perf_counter() - start, error)
+    seconds = time.perf_counter() - start
+    return Trial(number, budget, dict(changes), value, seconds, workdir.as_posix(), error)
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,23 +209,31 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     return changed
 
 
-def _claim(directory: Path, sweep: Sweep, config: Mapping[str, Any]) -> None:
-    """Records the sweep in its directory, or makes sure that the one recorded there is the same."""
+def check(sweep: Sweep, config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Whether a sweep can run, or go on, in a directory; creates nothing.
+
+    Returns:
+        What `sweep.json` holds of it.
+
+    Raises:
+        UserError: The directory holds another sweep, or a parameter is no field of the config.
+    """
     for point in sweep.points()[:1]:
         with_changes(config, {**point, sweep.budget_field: sweep.budgets[0]})
     claimed = directory / "sweep.json"
     mine = json.loads(json.dumps(finite({"sweep": asdict(sweep), "config": config})))
-    if not claimed.exists():
-        write_json(claimed, mine)
-    elif read_json(claimed) != mine:
+    if claimed.exists() and read_json(claimed) != mine:
         raise UserError(
             "the directory holds another sweep, or one of another config",
             where=str(directory),
             remedy="give another --workdir, or the sweep and config it was started with.",
         )
+    return mine
 
 
-def _read(journal: Path) -> list[Trial]:
+def finished(directory: Path) -> list[Trial]:
+    """The runs of a sweep that are over, failed ones included, in their order."""
+    journal = directory / JOURNAL
     return [Trial(**record) for record in read_lines(journal)] if journal.exists() else []
 
 

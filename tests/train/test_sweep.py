@@ -110,6 +110,11 @@ def test_another_sweep_in_the_same_directory_is_refused(tmp_path):
     ("fields", "message"),
     [
         ({"parameters": {}}, r"sweep\.parameters: there is nothing to try"),
+        (
+            {"parameters": {"lora.rank": 16}},
+            r"sweep\.parameters: the values of lora\.rank are 16, not a list",
+        ),
+        ({"parameters": {"lora.targets": "q_proj"}}, "not a list"),
         ({"parameters": {"lora.rank": []}}, r"sweep\.parameters: there is nothing to try"),
         ({"parameters": {"train.epochs": [1, 2]}}, "is the budget"),
         ({"parameters": {"lora.rank": [8]}, "budgets": [3, 1]}, "budgets must increase"),
