@@ -71,22 +71,36 @@ def slope(curve: Curve, since: float) -> Slope | None:
     return Slope(value, error, len(x))
 
 
-def recent_start(train: Curve, learning_rates: Curve | None) -> float:
-    """Where the last third of the run begins: of its steps, or of the learning rate spent."""
+def when_spent(share: float, train: Curve, learning_rates: Curve | None) -> float:
+    """The step at which a share of the run is spent: of its steps, or of its learning rate."""
     steps = train.steps
     if learning_rates is not None and len(learning_rates):
-        spent = np.cumsum(np.interp(steps, learning_rates.steps, learning_rates.losses))
-        if spent[-1] > 0:
-            return float(steps[np.searchsorted(spent, 2 / 3 * spent[-1])])
-    return float(steps[-1] - (steps[-1] - steps[0]) / 3)
+        sums = np.cumsum(np.interp(steps, learning_rates.steps, learning_rates.losses))
+        if sums[-1] > 0:
+            return float(steps[np.searchsorted(sums, share * sums[-1])])
+    return float(steps[0] + share * (steps[-1] - steps[0]))
 
 
-def recent_fall(curve: Curve, since: float, whole: float) -> float:
-    """What the fitted line fell since a step, as a share of the whole fall."""
+def recent_falls(curve: Curve, early: float, since: float, *, whole: float, now: float) -> dict[str, float]:
+    """What the fitted line fell since a step, as a share of three things; 0 where that cannot be said.
+
+    Args:
+        curve: The losses.
+        early: A step after the first, steep ones.
+        since: Where the recent part begins.
+        whole: The fall of the whole run.
+        now: The present level.
+
+    Returns:
+        `recent_fall`: of the whole. `late_fall`: of the fall since `early`. `level_fall`: of `now`.
+    """
     fitted = slope(curve, since)
-    if fitted is None or whole <= 0:
-        return 0.0
-    return -fitted.value * float(curve.steps[-1] - since) / whole
+    fallen = 0.0 if fitted is None else -fitted.value * float(curve.steps[-1] - since)
+    place = min(int(np.searchsorted(curve.steps, early)), len(curve) - 1)
+    width = int(np.clip(len(curve) // 20, 1, 20))
+    late = float(np.median(curve.losses[place : place + width])) - now
+    shares = {"recent_fall": whole, "late_fall": late, "level_fall": now}
+    return {name: fallen / size if size > 0 else 0.0 for name, size in shares.items()}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from keras_gemma_ft.train.curves import (
     Slope,
     first_loss,
     held_out_levels,
-    recent_fall,
-    recent_start,
+    recent_falls,
     slope,
     train_levels,
+    when_spent,
 )
 from keras_gemma_ft.train.remedies import remedies
 
@@ -54,8 +54,12 @@ class Thresholds:
         nats: No difference smaller than this matters, whatever it is a share of.
         gap: Of the held-out level: a gap to the training loss this large is overfitting too, once held-out
             no longer falls.
-        plateau: Of the fall so far: a held-out curve that fell less than this over the last third of the
-            run is flat.
+        plateau: Of the whole fall: a curve that fell less than this over the last third of the run is flat.
+            An exponential fall of two time constants brings 15% there, one of six 1.6%.
+        late: Of the fall since the first quarter, and ...
+        level: ... of the present level: a curve that surely fell more than both is not flat, however
+            steep its beginning was. A base that does not know the format of the answers starts so high that
+            beside its first steps all others look flat.
         learned: Of the first loss: a run that fell less than this has not learned.
         lost: Of what was learned: a training loss that gave back this much has diverged.
         reproduced: Training answers reproduced verbatim, beyond the share of held-out ones, that is
@@ -70,6 +74,8 @@ class Thresholds:
     nats: float = 0.01
     gap: float = 0.5
     plateau: float = 0.04
+    late: float = 0.2
+    level: float = 0.1
     learned: float = 0.07
     lost: float = 0.5
     reproduced: float = 0.4
@@ -123,6 +129,8 @@ class Evidence:
         rise_error: Its standard error.
         fall: By how much the loss has fallen, as a share of where it began.
         recent_fall: What the last third of the run brought, as a share of the whole fall.
+        late_fall: The same as a share of the fall since the first quarter.
+        level_fall: The same as a share of the present level.
         reproduction: Where answers were probed.
     """
 
@@ -137,6 +145,8 @@ class Evidence:
     rise_error: float | None = None
     fall: float = 0.0
     recent_fall: float = 0.0
+    late_fall: float = 0.0
+    level_fall: float = 0.0
     reproduction: Reproduction | None = None
 
 
@@ -213,7 +223,8 @@ def judge(
         return verdict("diverged", lost, Evidence())
     if awaited := _awaited(train, held_out, step, warmup_steps, thresholds):
         return verdict("warming up", awaited, Evidence())
-    evidence = _measure(train, held_out, recent_start(train, learning_rates), reproduction)
+    early, since = (when_spent(share, train, learning_rates) for share in (1 / 4, 2 / 3))
+    evidence = _measure(train, held_out, early, since, reproduction)
     kind, reason = _decide(evidence, step, total_steps, thresholds)
     return verdict(kind, reason, evidence)
 
@@ -293,7 +304,11 @@ def _falling(evidence: Evidence, limits: Thresholds) -> bool:
     Few held-out points leave their slope uncertain; a training loss that surely falls then speaks for it.
     """
     trend, training = _judged_slope(evidence), evidence.train_slope
-    if trend is None or training is None or evidence.recent_fall <= limits.plateau:
+    if trend is None or training is None:
+        return False
+    if evidence.late_fall > limits.late and evidence.level_fall > limits.level:
+        return trend.value < -2.5 * trend.error
+    if evidence.recent_fall <= limits.plateau:
         return False
     return trend.value < -2 * trend.error or (
         trend.value < -trend.error and training.value < -3 * training.error
@@ -305,15 +320,19 @@ def _judged_slope(evidence: Evidence) -> Slope | None:
     return evidence.train_slope if evidence.best_loss is None else evidence.held_out_slope
 
 
-def _measure(train: Curve, held_out: Curve, since: float, reproduction: Reproduction | None) -> Evidence:
+def _measure(
+    train: Curve, held_out: Curve, early: float, since: float, reproduction: Reproduction | None
+) -> Evidence:
     ours = train_levels(train)
     first, first_error = first_loss(train)
     # No more than what has surely been learned: a first loss from few noisy steps is easily too high.
     fall = first - ours.now - math.hypot(first_error, ours.error)
     common: dict[str, Any] = {"train_slope": slope(train, since), "reproduction": reproduction}
     if not len(held_out):
-        return Evidence(fall=fall / first, recent_fall=recent_fall(train, since, first - ours.now), **common)
+        falls = recent_falls(train, early, since, whole=first - ours.now, now=ours.now)
+        return Evidence(fall=fall / first, **falls, **common)
     theirs, held_first = held_out_levels(held_out), float(held_out.losses[0])
+    whole = max(held_first - theirs.best, first - ours.now)
     best_step = int(held_out.steps[theirs.best_index])
     return Evidence(
         held_out_slope=slope(held_out, since),
@@ -325,6 +344,6 @@ def _measure(train: Curve, held_out: Curve, since: float, reproduction: Reproduc
         rise=theirs.rise,
         rise_error=theirs.error,
         fall=max(fall / first, (held_first - theirs.best) / held_first),
-        recent_fall=recent_fall(held_out, since, max(held_first - theirs.best, first - ours.now)),
+        **recent_falls(held_out, early, since, whole=whole, now=theirs.now),
         **common,
     )

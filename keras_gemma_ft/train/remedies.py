@@ -18,7 +18,7 @@ def remedies(kind: str, settings: Settings, *, best_step: int | None = None, ste
         step: Where the run is.
     """
     if kind in ("overfitting", "memorizing"):
-        return [*_fewer_epochs(settings, best_step), *_against_overfitting(settings)]
+        return [*_fewer_epochs(settings, best_step, step), *_against_overfitting(settings)]
     if kind == "underfitting":
         return _against_underfitting(settings)
     if kind == "diverged":
@@ -30,7 +30,9 @@ def remedies(kind: str, settings: Settings, *, best_step: int | None = None, ste
     return []
 
 
-def _fewer_epochs(settings: Settings, best_step: int | None) -> list[str]:
+def _fewer_epochs(settings: Settings, best_step: int | None, step: int) -> list[str]:
+    if best_step is not None and 0 < step <= best_step:  # it may still be the best to come
+        return []
     epochs, per_epoch = settings.epochs, settings.steps_per_epoch
     if best_step is None:
         return ["Train fewer epochs." if epochs is None else f"Train fewer than {number(epochs)} epochs."]

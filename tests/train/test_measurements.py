@@ -75,6 +75,9 @@ def test_time_is_that_of_steps_alone(clock):
 
 def test_a_device_that_is_waited_for_is_timed_by_when_it_is_done(clock):
     class Slow(OnDevice):
+        def is_ready(self):
+            return False
+
         def __float__(self):
             clock[0] = max(clock[0], 5.0 * (self.step + 1))  # done then, and asked for before
             return 1.0
@@ -87,6 +90,26 @@ def test_a_device_that_is_waited_for_is_timed_by_when_it_is_done(clock):
         measure.on_train_batch_end(step, {"loss": Slow(step, [])})
     measure.settle()
     assert [record["seconds"] for record in kept.records if "seconds" in record] == [5.0, 5.0, 5.0]
+
+
+def test_a_dispatch_that_returns_at_once_is_no_step(clock):
+    """A device that takes one step ahead: after a pause the first dispatch returns, the next waits for it."""
+
+    class Queued(OnDevice):
+        def is_ready(self):
+            return clock[0] >= done[self.step]
+
+    kept, done = Kept(), []
+    measure = Measurements(Batches(toy_model.rows(40), 4, seed=0), [kept], lambda step: 0.1)
+    for step, took in enumerate([10.0, 0.01, 5.0, 5.0, 5.0]):  # until dispatches return; a step takes 5 s
+        measure.on_train_batch_begin(step)
+        clock[0] += took
+        done.append(clock[0] + (5.0 if step else 0.0))
+        measure.on_train_batch_end(step, {"loss": Queued(step, [])})
+        if step == 0:
+            measure.settle()
+    seconds = [record["seconds"] for record in kept.records if "seconds" in record]
+    assert seconds == pytest.approx([5.01, 5.0, 5.0])
 
 
 def test_callbacks_get_device_arrays_and_keras_would_give_numbers():

@@ -14,7 +14,7 @@ import pytest
 from loss_curves import battery
 
 from keras_gemma_ft.advice import Settings
-from keras_gemma_ft.train.curves import Curve, recent_start, slope
+from keras_gemma_ft.train.curves import Curve, slope, when_spent
 from keras_gemma_ft.train.overfitting import HARMFUL, KINDS, Reproduction, Thresholds, judge
 
 HELD_OUT_SEEDS = (20261124, 77)
@@ -135,6 +135,18 @@ def test_in_a_short_run_the_untrained_model_is_no_trend():
     assert verdict.evidence.rise_error < 0.1
 
 
+def test_a_steep_beginning_does_not_make_the_rest_flat():
+    """From 10 to 0.7 in an eighth of the run, and from 0.7 to 0.45 since: that is still learning."""
+
+    def curve(steps, end):
+        return end + 9.3 * np.exp(-steps / 5) + 0.35 * np.exp(-steps / 150)
+
+    verdict = run(curve(STEPS, 0.1), curve(HELD_STEPS, 0.35))
+    assert verdict.evidence.recent_fall < Thresholds().plateau
+    assert verdict.kind == "healthy"
+    assert run(curve(STEPS, 0.1), curve(HELD_STEPS, 0.35), thresholds=Thresholds(late=1.0)).kind != "healthy"
+
+
 def test_a_gap_alone_is_overfitting_once_held_out_stops():
     flat = falling(HELD_STEPS, end=1.0, tau=15)
     assert run(falling(STEPS, end=0.1, tau=15), flat).kind == "overfitting"
@@ -187,7 +199,8 @@ def test_a_cosine_schedule_flattens_the_end_of_a_healthy_run():
     held_out = np.interp(HELD_STEPS, np.r_[0, STEPS], np.r_[2.0, train])
     assert run(train, held_out).kind == "plateau"
     assert run(train, held_out, learning_rates=Curve(STEPS, rates)).kind == "healthy"
-    assert recent_start(Curve(STEPS, train), Curve(STEPS, rates)) < recent_start(Curve(STEPS, train), None)
+    steps, spending = Curve(STEPS, train), Curve(STEPS, rates)
+    assert when_spent(2 / 3, steps, spending) < when_spent(2 / 3, steps, None)
 
 
 def test_what_is_awaited_while_warming_up():

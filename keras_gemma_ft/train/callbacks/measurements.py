@@ -11,7 +11,6 @@ import keras
 from keras_gemma_ft.train.batches import Batches
 
 Record = dict[str, Any]
-_WAITED = 1e-3  # seconds; reading what is there already takes less
 
 
 class Writer(Protocol):
@@ -28,8 +27,8 @@ class Measurements(keras.callbacks.Callback):
     """One record for each step; the device never waits for it.
 
     Step n is read when step n + 1 has been dispatched, so the device has work while the host reads. A step's
-    time is that between the end of the one before and its own. It ended when its loss could be read, if that
-    had to be waited for; else when its dispatch returned, as on a CPU, where that takes as long as the step.
+    time is that between the end of the one before and its own. It ended when its dispatch returned, if its
+    loss was there by then, as it often is on a CPU; else when its loss could be read.
 
     Args:
         batches: The run's batches, for tokens and fingerprints.
@@ -44,7 +43,7 @@ class Measurements(keras.callbacks.Callback):
         self._batches = batches
         self._writers = writers
         self._learning_rate_at = learning_rate_at
-        self._unread: tuple[int, Any, float] | None = None
+        self._unread: tuple[int, Any, float | None] | None = None
         self._clock: float | None = None
         self._began = 0.0
         self.tokens = 0
@@ -72,8 +71,9 @@ class Measurements(keras.callbacks.Callback):
             # The first call returns when the step is compiled; running it is not waited for.
             self.compile_seconds = dispatched - self._began
             self.write({"step": self._batches.first_step, "compile_seconds": round(self.compile_seconds, 3)})
+        ended = dispatched if _is_there((logs or {}).get("loss")) else None
         self._read()
-        self._unread = (self._batches.first_step + batch, logs or {}, dispatched)
+        self._unread = (self._batches.first_step + batch, logs or {}, ended)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.settle()
@@ -81,12 +81,11 @@ class Measurements(keras.callbacks.Callback):
     def _read(self) -> None:
         if self._unread is None:
             return
-        step, logs, dispatched = self._unread
+        step, logs, ended = self._unread
         self._unread = None
-        asked = time.perf_counter()
         losses = {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs}
-        answered = time.perf_counter()
-        ended = answered if answered - asked > _WAITED else dispatched
+        if ended is None:
+            ended = time.perf_counter()
         tokens = self._batches.tokens(step)
         record: Record = {
             "step": step + 1,
@@ -106,3 +105,8 @@ class Measurements(keras.callbacks.Callback):
         self._clock = ended
         record["batch"] = self._batches.fingerprint(step)
         self.write(record)
+
+
+def _is_there(value: Any) -> bool:
+    """Whether a value can be read without waiting for the device."""
+    return bool(getattr(value, "is_ready", lambda: True)())
