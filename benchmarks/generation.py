@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from gpu import decoder, run_apart  # noqa: E402
+from gpu import run_apart  # noqa: E402
+from step import decoder  # noqa: E402
 
 NF4 = {"weights": "nf4"}
 CASES: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     memory = jax.local_devices()[0].memory_stats() or {}
     bandwidth = _bandwidth(jax, jnp)
     if "profile" in case:
-        from gpu import profiled
+        from kernel_times import profiled
 
         state = decoding.prefill(plan, *given)
         result |= profiled(lambda: decoding.extend(plan, state, params, None, 9), exact=False)
@@ -128,7 +129,7 @@ def main() -> None:
         return
     for name, case in CASES.items():
         if given.only in name:
-            result = run_apart([f"--case={json.dumps(case)}"], 240, __file__)
+            result = run_apart(__file__, [f"--case={json.dumps(case)}"], 240)
             print(json.dumps({"name": name, **result}), flush=True)
 
 
