@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.data.max_length = 128
     config.train.learning_rate = 4e-3
     config.train.batch_size = 4
-    config.train.epochs = 2
+    config.train.epochs = 1
     config.train.remat = "none"
-    config.train.eval_every = 40
+    config.train.eval_every = 20
     config.task.kind = "classification"
     return config
