@@ -175,7 +175,7 @@ def main(config: Mapping[str, Any], out: Path) -> Cleaned:
         )
     data, settings = config["data"], config["clean"]
     repair = Repair(settings["normalize"])
-    config = {**config, "data": {**data, "on_error": "skip", "weights": None}}
+    config = {**config, "data": {**data, "on_error": "skip", "weights": None, "row_weight": None}}
     train, held_out = readings(config, print, repair)
     cleaned = clean(
         train,

@@ -199,7 +199,7 @@ def main(config: Mapping[str, Any], out: Path | None = None) -> Inspection:
         check_is_page(out)
     tokenizer, recipe = tokenizer_and_recipe(config)
     # Each row once, also where an epoch has some more often.
-    data = {**config["data"], "on_error": "skip", "weights": None}
+    data = {**config["data"], "on_error": "skip", "weights": None, "row_weight": None}
     config = {**config, "data": data}
     with reading() as (tell, progress):
         look = partial(

@@ -34,7 +34,17 @@ Tell = Callable[[str], None]
 Repair = Callable[[Conversation], None]
 
 # The fields of `data` that decide what conversations a source gives.
-_SETTINGS = ("format", "layout", "prompt", "response", "messages", "template", "label", "weights")
+_SETTINGS = (
+    "format",
+    "layout",
+    "prompt",
+    "response",
+    "messages",
+    "template",
+    "label",
+    "weights",
+    "row_weight",
+)
 
 
 def read(
@@ -90,7 +100,8 @@ def conversations(config: Mapping[str, Any], tell: Tell | None = None) -> tuple[
     held_out: Iterable[Row] | None = holding
     if held_out is None:
         training, held_out = hold_out(reading, data["eval_fraction"], config["seed"])
-    return (training if data["weights"] is None else Repeated(training)), held_out
+    weighted = data["weights"] is not None or data["row_weight"] is not None
+    return (Repeated(training) if weighted else training), held_out
 
 
 def readings(
@@ -110,6 +121,7 @@ def readings(
         data["messages"],
         question,
         data["label"],
+        data["row_weight"],
         answer_is_label=config["task"]["kind"] == "classification",
     )
 
@@ -205,10 +217,8 @@ class Reading:
         """
         for number, source in enumerate(self.sources):
             rows = (row for stream in source.streams() for row in self._rows(stream))
-            if self._weights is None:
-                yield from rows
-            else:
-                yield from _weighted(rows, self._weights[number], random.Random(f"{self._seed} {number}"))
+            weight = 1.0 if self._weights is None else self._weights[number]
+            yield from _weighted(rows, weight, random.Random(f"{self._seed} {number}"))
 
     def _rows(self, stream: Stream) -> Iterator[Row]:
         layout: RowLayout | None = None
@@ -257,10 +267,10 @@ class Repeated:
 
 
 def _weighted(rows: Iterable[Row], weight: float, rng: random.Random) -> Iterator[Row]:
-    whole = math.floor(weight)
     for row in rows:
         if not isinstance(row, Problem):
-            row.copies = whole + (rng.random() < weight - whole)
+            copies = weight * row.weight
+            row.copies = math.floor(copies) + (rng.random() < copies % 1)
         yield row
 
 

@@ -11,6 +11,7 @@ Rows of all but the first may have a `system` text; those of the first two `tool
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,7 @@ class Columns:
         messages: The list of messages; None: `messages`, or else `conversations`.
         template: The question made of columns; None: `prompt` as it is.
         label: The row's class; None: it has none.
+        weight: How often an epoch has the row; None: as often as all others.
         answer_is_label: Whether the answer is the row's class where `label` is None.
     """
 
@@ -52,6 +54,7 @@ class Columns:
     messages: str | None = None
     template: TextTemplate | None = None
     label: str | None = None
+    weight: str | None = None
     answer_is_label: bool = False
 
     def found_in(self, record: Mapping[str, Any]) -> Columns:
@@ -86,7 +89,8 @@ class RowLayout:
         elif not self.columns.answer_is_label:
             label = None
         tools = record.get("tools")
-        return Conversation(messages, origin, label, _json(tools, "tools") if tools else None)
+        weight = 1.0 if self.columns.weight is None else _weight(record, self.columns.weight)
+        return Conversation(messages, origin, label, _json(tools, "tools") if tools else None, weight)
 
     def describe(self, record: Mapping[str, Any]) -> str:
         """How a record is read, in words."""
@@ -218,6 +222,21 @@ def _json(value: Any, name: str) -> Any:
         raise UserError(
             "is text, but not JSON", where=f"column {name!r}", remedy="write a JSON list."
         ) from error
+
+
+def _weight(record: Mapping[str, Any], name: str) -> float:
+    value = column(record, name)
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise UserError(
+            f"is {kind(value)}, not a number from 0 on",
+            where=f"column {name!r}",
+            remedy="say how often an epoch has the row, or unset data.row_weight.",
+        )
+    return weight
 
 
 def _label(record: Mapping[str, Any], name: str) -> str:

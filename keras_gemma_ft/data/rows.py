@@ -22,13 +22,15 @@ class Conversation:
         origin: Place of the row for error messages: file and line, or dataset and row number.
         label: Class of the row where the task has one: used to stratify, balance and score, never rendered.
         tools: Tool declarations (JSON-schema style function objects) rendered at the top, or None.
-        copies: How often an epoch has it: 1, unless its source has another weight.
+        weight: How often an epoch has it, relative to the other rows of its source.
+        copies: How often this epoch's rows have it: a whole number that is drawn by the weights.
     """
 
     messages: list[Message]
     origin: str
     label: str | None = None
     tools: list[dict[str, Any]] | None = None
+    weight: float = 1.0
     copies: int = 1
 
 

@@ -81,7 +81,7 @@ def when_spent(share: float, train: Curve, learning_rates: Curve | None) -> floa
     return float(steps[0] + share * (steps[-1] - steps[0]))
 
 
-def recent_falls(curve: Curve, early: float, since: float, *, whole: float, now: float) -> dict[str, float]:
+def recent_falls(curve: Curve, early: float, since: float, *, whole: float, now: float) -> dict[str, Any]:
     """What the fitted line fell since a step, as a share of three things; 0 where that cannot be said.
 
     Args:

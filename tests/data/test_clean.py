@@ -189,6 +189,10 @@ def test_weights_are_those_of_scikit_learn():
     written = list(records(cleaned.train, cleaned.weights))
     assert [record["weight"] for record in written] == cleaned.weights
     assert all("weight" not in record for record in records(cleaned.held_out))
+    by_class = Counter()
+    for record in written:
+        by_class[record["label"]] += record["weight"]  # copies of its rows in an epoch, on average
+    assert list(by_class.values()) == pytest.approx([len(written) / len(classes)] * len(classes), abs=0.01)
 
 
 def test_free_text_is_not_balanced():

@@ -420,6 +420,35 @@ def test_files_mix_by_weight(config):
     assert set(Counter(question for question in asked if question[0] == "a").values()) == {2, 3}
 
 
+def test_rows_follow_their_own_weights(config, folder):
+    rows = [
+        {"prompt": f"{name}{n}", "response": name, "weight": weight}
+        for name, weight in (("a", 2.5), ("b", "0.5"), ("c", 0))
+        for n in range(40)
+    ]
+    (folder / "a.jsonl").write_bytes(lines(rows))
+    config.data.row_weight = "weight"
+    config.data.train, config.data.eval_fraction = "a.jsonl", 0.25
+    train, held_out = conversations(config)
+    assert Counter(answers(held_out)) == {"a": 10, "b": 10, "c": 10}
+    counts = Counter(answers(train))
+    assert counts["a"] in range(30 * 2 + 5, 30 * 3 - 4)
+    assert counts["b"] in range(5, 26)
+    assert counts["c"] == 0
+    config.data.weights = "2"
+    assert Counter(answers(conversations(config)[0]))["a"] == 30 * 5
+
+
+@pytest.mark.parametrize("weight", [-1, "much", True, None])
+def test_a_row_weight_that_is_none(config, folder, weight):
+    (folder / "a.jsonl").write_bytes(lines([{"prompt": "Hi", "response": "Hello", "weight": weight}] * 9))
+    config.data.train, config.data.row_weight = "a.jsonl", "weight"
+    with pytest.raises(UserError, match="not a number from 0 on") as caught:
+        list(conversations(config)[0])
+    assert "a.jsonl:1" in caught.value.where
+    assert "'weight'" in caught.value.where
+
+
 @pytest.mark.parametrize(
     ("weights", "says"), [("2", "1 weights for 2"), ("2,x", "numbers"), ("1,0", "numbers")]
 )
