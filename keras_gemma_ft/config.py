@@ -153,6 +153,13 @@ FIELDS: tuple[Field, ...] = (
         none="all once",
     ),
     Field(
+        "data.row_weight",
+        None,
+        "column of a row's own weight: how often an epoch has it, such as the `weight` of `data clean`",
+        kind=str,
+        none="all alike",
+    ),
+    Field(
         "data.data_dir",
         None,
         "directory of TensorFlow datasets",

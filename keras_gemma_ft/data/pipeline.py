@@ -65,7 +65,7 @@ def tf_dataset(
         batch = dataset.batch(int(step), batch_size, seed, process_index, process_count)
         return [batch[name] for name in dtypes]
 
-    def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
+    def load(step: Any) -> dict[str, Any]:
         arrays = tf.numpy_function(read, [step], list(dtypes.values()))
         return {name: tf.ensure_shape(array, shape) for name, array in zip(dtypes, arrays, strict=True)}
 
