@@ -47,12 +47,14 @@ class Result:
         step: Updates made.
         losses: Held-out loss by step, of this process.
         best: The checkpoint with the lowest held-out loss.
+        signal: Of a request to stop that came too late to leave anything undone.
     """
 
     workdir: Path
     step: int
     losses: Mapping[int, float]
     best: checkpoint.Saved
+    signal: int | None = None
 
 
 def main(
@@ -238,7 +240,7 @@ def fit(
             stop.received,
         )
     progress.say(f"done: {step} steps in {duration(seconds)}; {_describe(best)}\n{place}")
-    return Result(place, step, dict(validation.losses), best)
+    return Result(place, step, dict(validation.losses), best, stop.received)
 
 
 def _describe(best: checkpoint.Saved) -> str:

@@ -62,21 +62,31 @@ def main(config: ConfigDict, name: str, workdir: str | Path) -> list[Trial]:
             prepare_examples(config, shared, print)
 
     # ------------------------------------------------------------------ runs
+    stop: list[int] = []
+
     def train(changed: dict[str, Any], run_place: Path) -> float | None:
         gc.collect()  # the model of the run before, which reference cycles keep: two may not fit
         print(_title(sweep, changed, run_place.relative_to(place)), end=": ", flush=True)
         run_place.mkdir(parents=True, exist_ok=True)
         resume = (run_place / "config.json").exists()
-        with (run_place / "output.txt").open("a", encoding="utf-8") as output, redirect_stdout(output):
-            return run.main(config_from(changed), run_place, resume=resume, data=shared).best.eval_loss
+        try:
+            with (run_place / "output.txt").open("a", encoding="utf-8") as output, redirect_stdout(output):
+                result = run.main(config_from(changed), run_place, resume=resume, data=shared)
+        except Interrupted as interrupted:
+            print()
+            step = str(interrupted).splitlines()[0]  # what comes after it is the command for the run alone
+            raise Interrupted(step, interrupted.signal) from interrupted
+        stop[:] = [result.signal] if result.signal else []
+        return result.best.eval_loss
+
+    def report(trial: Trial) -> None:
+        value = f"failed, {trial.error}" if trial.value is None else f"{trial.value:.4f}"
+        print(f"{value} ({duration(trial.seconds)})")
+        if stop:  # it came with the run's last step
+            raise Interrupted(f"Stopped after {trial.directory}, which is finished.", stop[0])
 
     _announce(sweep, place)
-    try:
-        trials = run_sweep(sweep, values, place, train, report=_report)
-    except Interrupted as stop:
-        print()
-        step = str(stop).splitlines()[0]  # what comes after it is the command for the run alone
-        raise Interrupted(f"{step} So is the sweep.", stop.signal) from stop
+    trials = run_sweep(sweep, values, place, train, report=report)
 
     # ------------------------------------------------------------------ result
     from rich.console import Console
@@ -135,8 +145,3 @@ def _announce(sweep: Sweep, place: Path) -> None:
 def _title(sweep: Sweep, changed: Mapping[str, Any], run_place: Path) -> str:
     fields = dict(flatten(changed))
     return "  ".join([str(run_place), *(f"{name} {fields[name]}" for name in sweep.parameters)])
-
-
-def _report(trial: Trial) -> None:
-    value = f"failed, {trial.error}" if trial.value is None else f"{trial.value:.4f}"
-    print(f"{value} ({duration(trial.seconds)})")

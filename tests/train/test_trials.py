@@ -149,17 +149,22 @@ def test_rows_are_shared_unless_the_sweep_changes_them(field, changes):
 def test_stopped_and_killed_it_goes_on_and_ends_the_same(whole, fits, tmp_path, capsys):
     project = Project(tmp_path)
     fits.clear()
-    fits.stops = {1: [SendAt(signal.SIGINT, 2)], 3: [StopAtOnce()]}
+    fits.stops = {1: [SendAt(signal.SIGINT, 2)], 2: [SendAt(signal.SIGTERM, 1)], 3: [StopAtOnce()]}
     assert project.run() == 130
     said = capsys.readouterr().err
-    assert "Stopped after step 2 of 3; the run is saved. So is the sweep." in said
+    assert "Stopped after step 2 of 3; the run is saved.\n" in said
     assert f"Go on with: keras-gemma-ft {' '.join(project.arguments())}" in said
     assert "train --workdir" not in said
     assert not (project.place / "sweep.jsonl").exists()
 
-    assert project.run() == 130  # the first run is finished, the second is ended before it saved anything
-    assert "Go on with: keras-gemma-ft sweep" in capsys.readouterr().err
+    assert project.run() == 143  # the signal comes with the last step: the run is over
+    said = capsys.readouterr().err
+    assert "Stopped after trial_001/epochs_1, which is finished.\nGo on with: keras-gemma-ft sweep" in said
     assert [trial["directory"] for trial in project.trials()] == ["trial_001/epochs_1"]
+
+    assert project.run() == 130  # the second run is ended before it saved anything
+    assert "Go on with: keras-gemma-ft sweep" in capsys.readouterr().err
+    assert len(project.trials()) == 1
     assert (project.place / "trial_002/epochs_1/config.json").exists()
 
     assert project.run() == 0
