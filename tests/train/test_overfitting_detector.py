@@ -63,6 +63,30 @@ def test_reporting_changes_nothing(overfitting_setup, tmp_path):
     assert [record["step"] for record in records] == list(range(1, 81))
 
 
+def test_the_optimizers_schedule_says_what_is_recent():
+    """A healthy cosine run looks flat at its end in steps, and falls in learning rate spent."""
+    from keras_gemma_ft.train.callbacks import OverfittingDetector
+    from keras_gemma_ft.train.optimizers import adamw
+
+    kinds = []
+    for optimizer in (adamw(1.0, warmup_ratio=0.0, total_steps=200), None):
+        model = FakeModel()
+        if optimizer is not None:
+            model.optimizer = optimizer
+        rates = 0.5 * (1 + np.cos(np.pi * np.arange(201) / 200))
+        losses = 0.5 + 1.5 * np.exp(-np.cumsum(rates) / rates.sum())
+        detector = OverfittingDetector(total_steps=200)
+        detector.set_model(model)
+        detector.on_train_begin()
+        detector.record_held_out(losses[0], 0)
+        for step in range(1, 201):
+            detector.on_train_batch_end(step - 1, {"loss": losses[step]})
+            if step % 20 == 0:
+                detector.record_held_out(losses[step])
+        kinds.append(detector.verdicts[-1].kind)
+    assert kinds == ["healthy", "plateau"]
+
+
 class FakeModel:
     """A model as far as the detector looks at one."""
 

@@ -75,7 +75,8 @@ class OverfittingDetector(keras.callbacks.Callback):
         self._step = self._epoch_start = 0
         self._train: list[tuple[int, Any]] = []
         self._held_out: list[tuple[int, float]] = []
-        self._rates: list[tuple[int, Any]] = []
+        self._rates: list[tuple[int, float]] = []
+        self._rate_at: Callable[[int], float] | None = None
         self._best: tuple[float, int] | None = None
         self._best_weights: dict[str, np.ndarray] | None = None
         self._harmful = 0
@@ -87,6 +88,7 @@ class OverfittingDetector(keras.callbacks.Callback):
         self._training = True
         optimizer = getattr(self.model, "optimizer", None)
         self._step = int(optimizer.iterations) if optimizer is not None else 0
+        self._rate_at = getattr(optimizer, "learning_rate_at", None)
         self._read_earlier()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -96,8 +98,8 @@ class OverfittingDetector(keras.callbacks.Callback):
         self._step = self._epoch_start + batch + 1
         if self.batch_losses and logs and "loss" in logs:
             self._train.append((self._step, logs["loss"]))  # not read before a verdict needs it
-            if "learning_rate" in logs:
-                self._rates.append((self._step, logs["learning_rate"]))
+            if self._rate_at is not None:
+                self._rates.append((self._step, self._rate_at(self._step - 1)))
 
     def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
         if self._training and logs and "loss" in logs:
@@ -151,7 +153,6 @@ class OverfittingDetector(keras.callbacks.Callback):
 
     def _verdict(self, reproduction: Reproduction | None) -> Verdict:
         self._train = [(step, float(loss)) for step, loss in self._train]
-        self._rates = [(step, float(rate)) for step, rate in self._rates]
         return judge(
             Curve.of(self._train),
             Curve.of(self._held_out),
