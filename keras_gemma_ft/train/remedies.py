@@ -31,8 +31,6 @@ def remedies(kind: str, settings: Settings, *, best_step: int | None = None, ste
 
 
 def _fewer_epochs(settings: Settings, best_step: int | None, step: int) -> list[str]:
-    if best_step is not None and 0 < step <= best_step:  # it may still be the best to come
-        return []
     epochs, per_epoch = settings.epochs, settings.steps_per_epoch
     if best_step is None:
         return ["Train fewer epochs." if epochs is None else f"Train fewer than {number(epochs)} epochs."]
@@ -40,6 +38,8 @@ def _fewer_epochs(settings: Settings, best_step: int | None, step: int) -> list[
         return [f"Train fewer epochs: the held-out loss was best at step {best_step:,}."]
     reached = best_step / per_epoch
     fewer = max(1, math.ceil(reached - 0.1))  # a best just after an epoch's end belongs to that epoch
+    if fewer >= epochs and 0 < step <= best_step:  # the end of the run was its best
+        return []
     if fewer >= epochs:
         return [
             f"Stop earlier: the held-out loss was best at step {best_step:,}, after {reached:.1f} epochs."

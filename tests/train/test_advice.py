@@ -92,6 +92,14 @@ def test_fewer_epochs_are_counted_from_the_best_step(best_step, epochs, first):
     assert remedies("overfitting", settings(train__epochs=epochs), best_step=best_step)[0] == first
 
 
+def test_a_run_that_ended_at_its_best_was_not_too_long():
+    short, long = (
+        remedies("overfitting", settings(train__epochs=epochs), best_step=110, step=110) for epochs in (2, 20)
+    )
+    assert short[0].startswith("Raise lora.dropout")
+    assert long[0].startswith("Train 2 epochs instead of 20")
+
+
 def test_remedies_without_numbers_name_none():
     assert remedies("overfitting", Settings()) == [
         "Train fewer epochs.",
