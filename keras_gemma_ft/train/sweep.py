@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from keras_gemma_ft.config import flatten
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import finite, read_json, read_lines, write_json, write_lines, write_text
 
@@ -216,18 +217,28 @@ def check(sweep: Sweep, config: Mapping[str, Any], directory: Path) -> dict[str,
         What `sweep.json` holds of it.
 
     Raises:
-        UserError: The directory holds another sweep, or a parameter is no field of the config.
+        UserError: The directory holds another sweep, or one of another config, or a parameter is no field of
+            the config.
     """
     for point in sweep.points()[:1]:
         with_changes(config, {**point, sweep.budget_field: sweep.budgets[0]})
     claimed = directory / "sweep.json"
     mine = json.loads(json.dumps(finite({"sweep": asdict(sweep), "config": config})))
-    if claimed.exists() and read_json(claimed) != mine:
+    before = read_json(claimed) if claimed.exists() else mine
+    if before["sweep"] != mine["sweep"]:
         raise UserError(
-            "the directory holds another sweep, or one of another config",
+            "the directory holds another sweep",
             where=str(directory),
-            remedy="give another --workdir, or the sweep and config it was started with.",
+            remedy="give another --workdir, or the sweep that was started there.",
         )
+    began, now = dict(flatten(before["config"])), dict(flatten(mine["config"]))
+    for name in (*now, *began):
+        if began.get(name) != now.get(name):
+            raise UserError(
+                f"was {began.get(name)!r} when the sweep started and is {now.get(name)!r} now",
+                where=name,
+                remedy="go on with the config it was started with, or give another --workdir.",
+            )
     return mine
 
 

@@ -102,7 +102,7 @@ def test_another_sweep_in_the_same_directory_is_refused(tmp_path):
     run_sweep(SWEEP, CONFIG, tmp_path, Runs())
     with pytest.raises(UserError, match="holds another sweep"):
         run_sweep(Sweep({"lora.rank": [8]}), CONFIG, tmp_path, Runs())
-    with pytest.raises(UserError, match="holds another sweep"):
+    with pytest.raises(UserError, match="seed: was 0 when the sweep started and is 1 now"):
         run_sweep(SWEEP, {**CONFIG, "seed": 1}, tmp_path, Runs())
 
 

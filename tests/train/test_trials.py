@@ -187,7 +187,7 @@ def test_another_sweep_in_the_directory_is_refused(whole, capsys):
     project = whole[0]
     before = sorted(os.walk(project.place))
     assert cli.main([*project.arguments(), "--config.train.weight_decay=0.1"]) == 2
-    assert "holds another sweep" in capsys.readouterr().err
+    assert "train.weight_decay: was 0.0 when the sweep started and is 0.1 now" in capsys.readouterr().err
     assert sorted(os.walk(project.place)) == before
 
 
