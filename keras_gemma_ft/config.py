@@ -333,9 +333,10 @@ FIELDS: tuple[Field, ...] = (
         "full",
         "what the backward pass computes again: full keeps each layer's input; attention also what "
         "attention's backward pass needs; matmuls also the projections' outputs; none keeps all; offload "
-        "keeps each layer's input in host memory",
-        choices=("full", "attention", "matmuls", "none", "offload"),
-        recommended="full to save memory; matmuls where memory is plenty",
+        "keeps each layer's input in host memory; auto compiles one after the other, the fastest first, "
+        "until a step fits the device",
+        choices=("auto", "full", "attention", "matmuls", "none", "offload"),
+        recommended="auto on accelerators, whose compiler takes half a minute for each; full to save memory",
     ),
     Field(
         "train.eval_every",

@@ -33,6 +33,7 @@ from keras_gemma_ft.train.metrics_file import MetricsFile
 from keras_gemma_ft.train.optimizers import adamw
 from keras_gemma_ft.train.overfitting import Verdict
 from keras_gemma_ft.train.progress import TerminalProgress, duration
+from keras_gemma_ft.train.remat_choice import choose_remat
 from keras_gemma_ft.train.tensorboard import TensorBoardScalars
 from keras_gemma_ft.train.trackers import require as require_trackers
 from keras_gemma_ft.train.trackers import trackers
@@ -151,6 +152,8 @@ def fit(
         batches.first_step = checkpoint.restore(model, checkpoints_dir, "last", resume=True).step
     progress = TerminalProgress(total)
     _announce(progress, config, batches, examples, settings)
+    if train.remat == "auto" and len(batches):
+        progress.say(str(choose_remat(model, batches[0], method=config.method)))
     manifest = _manifest(place, examples, resume)
     write_json(place / "config.json", config.to_dict())
     write_json(place / "manifest.json", manifest)
