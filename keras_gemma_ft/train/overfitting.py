@@ -46,7 +46,8 @@ class Thresholds:
     """What counts as a change that matters; shares are relative to the quantity named.
 
     Attributes:
-        held_out_points: Fewer held-out measurements than this, and the run is still warming up.
+        held_out_points: Fewer held-out measurements than this after the learning rate's warm-up, and the run
+            is still warming up.
         train_points: The same for training losses.
         errors: A difference of levels must exceed this many of its standard errors. More than the usual 2
             to 3, because the best level is a minimum over many and therefore looks better than it is.
@@ -247,8 +248,9 @@ def _awaited(train: Curve, held_out: Curve, step: int, warmup_steps: int, limits
         return f"the learning rate is warming up until step {warmup_steps}"
     if len(train) < limits.train_points:
         return f"{len(train)} of the {limits.train_points} training losses that a verdict needs"
-    if 0 < len(held_out) < limits.held_out_points:
-        return f"{len(held_out)} of the {limits.held_out_points} held-out losses that a verdict needs"
+    judged = int((held_out.steps > warmup_steps).sum())
+    if len(held_out) and judged < limits.held_out_points:
+        return f"{judged} of the {limits.held_out_points} held-out losses that a verdict needs"
     return None
 
 
