@@ -19,7 +19,7 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json
 
 # What a resumed run may change: nothing that the batches, the schedule or the weights depend on.
-_MAY_CHANGE = ("train.eval_every", "train.on_overfitting", "train.trackers", "task.kind")
+_MAY_CHANGE = ("train.answers", "train.eval_every", "train.on_overfitting", "train.trackers", "task.kind")
 
 
 def check(workdir: str | Path, *, resume: bool) -> Path:
