@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from keras_gemma_ft.model.config import Gemma4Config, LayerKind, Stage
-from keras_gemma_ft.ops import moe, quantize
+from keras_gemma_ft.ops import cross_entropy, moe, quantize
 from keras_gemma_ft.ops.attention import attention
 from keras_gemma_ft.ops.attention_mask import RESIDUALS
 from keras_gemma_ft.ops.dropout import drop, fold
@@ -186,12 +186,7 @@ def embed(params: Params, config: Gemma4Config, token_ids: jax.Array, dtype: Any
 
 def logits(params: Params, config: Gemma4Config, hidden: jax.Array) -> jax.Array:
     """float32 [..., V] of hidden states [..., D], soft-capped."""
-    table = params["embed_tokens"]
-    if isinstance(table, QuantizedTensor):
-        table = quantize.dequantize(table, hidden.dtype)
-    scores = jnp.einsum(
-        "...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    scores = cross_entropy.scores(hidden, params["embed_tokens"])
     cap = config.final_logit_softcapping
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 

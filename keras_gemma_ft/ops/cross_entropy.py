@@ -101,6 +101,36 @@ def reference(
     return jnp.sum(jnp.where(mask, jax.nn.logsumexp(logits_NxV, axis=1) - of_target_N, 0))
 
 
+def scores(hidden: jax.Array, embedding: Table, block_rows: int = BLOCK_ROWS) -> jax.Array:
+    """The uncapped logits, float32 [..., V], of hidden [..., D], bfloat16 or float32.
+
+    A quantized table is dequantized block by block, so that no whole one exists.
+
+    Args:
+        hidden: [..., D].
+        embedding: [V, D], an array or a QuantizedTensor; multiplied in hidden's dtype.
+        block_rows: Rows of a quantized table at once.
+    """
+    last = hidden.ndim - 1
+
+    def product(table_RxD: jax.Array) -> jax.Array:
+        axes = (((last,), (1,)), ((), ()))
+        return jax.lax.dot_general(hidden, table_RxD, axes, preferred_element_type=jnp.float32)
+
+    if not isinstance(embedding, QuantizedTensor):
+        return product(embedding.astype(hidden.dtype))
+    vocabulary = embedding.shape[0]
+    rows, table = min(block_rows, vocabulary), _with_plain_scales(embedding)
+
+    def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
+        block = product(_converted_rows(table, i, rows, hidden.dtype))
+        # As the last block of rows, these end with the table.
+        return jax.lax.dynamic_update_slice_in_dim(out, block, jnp.minimum(i * rows, vocabulary - rows), last)
+
+    out = jnp.zeros((*hidden.shape[:-1], vocabulary), jnp.float32)
+    return jax.lax.fori_loop(0, -(-vocabulary // rows), add_block, out)
+
+
 class _Plan(NamedTuple):
     """What is known before any data; each as in `cross_entropy_sum`."""
 

@@ -52,17 +52,17 @@ def route(
 )
 @dataclasses.dataclass(frozen=True)
 class ExpertLora:
-    """Low-rank adapters of every expert: W + scale · B A.
+    """Low-rank adapters of every expert: W + scale · B A. A pair that is None leaves its W as it is.
 
     Attributes:
         gate_up_a: [E, r, D]. gate_up_b: [E, 2F, r]. down_a: [E, r, F]. down_b: [E, D, r].
         scale: alpha / r.
     """
 
-    gate_up_a: jax.Array
-    gate_up_b: jax.Array
-    down_a: jax.Array
-    down_b: jax.Array
+    gate_up_a: jax.Array | None
+    gate_up_b: jax.Array | None
+    down_a: jax.Array | None
+    down_b: jax.Array | None
     scale: float
 
 
@@ -114,9 +114,18 @@ def expert_ffn(
     rows = _dispatch(x, order, row)
     gate, up = jnp.split(projected(rows, gate_up, *_factors(lora, "gate_up")), 2, axis=-1)
     weights = expert_weights.reshape(-1).at[order].get(unique_indices=True, mode="promise_in_bounds")
-    activated = jax.nn.gelu(gate.astype(jnp.float32), approximate=True) * up.astype(jnp.float32)
-    activated = (activated * weights.astype(jnp.float32)[:, None]).astype(x.dtype)
+    activated = _activated(gate, up, weights)
     return _combine(projected(activated, down, *_factors(lora, "down")), order, row)
+
+
+@jax.checkpoint
+def _activated(gate: jax.Array, up: jax.Array, weights: jax.Array) -> jax.Array:
+    """weight · gelu_tanh(gate) · up of sorted rows [T·k, F], in float32 between.
+
+    Under `checkpoint` the backward pass keeps gate and up in their own dtype, and none of the float32 steps.
+    """
+    wide = jax.nn.gelu(gate.astype(jnp.float32), approximate=True) * up.astype(jnp.float32)
+    return (wide * weights.astype(jnp.float32)[:, None]).astype(gate.dtype)
 
 
 def _factors(lora: ExpertLora | None, name: str) -> tuple[jax.Array | None, jax.Array | None]:

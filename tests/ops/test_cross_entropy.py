@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_gemma_ft.ops import cross_entropy
-from keras_gemma_ft.ops.cross_entropy import cross_entropy_sum, reference
+from keras_gemma_ft.ops.cross_entropy import cross_entropy_sum, reference, scores
 from keras_gemma_ft.ops.quantize import Kind, dequantize, quantize
 
 N, V, D = 37, 100, 64
@@ -295,3 +295,29 @@ def test_temporaries_of_gemma_stay_below_half_a_gibibyte(stored: str) -> None:
     )
     compiled = jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2**29
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", None])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_scores_of_a_quantized_table_in_blocks_are_those_of_the_whole_one(kind, dtype):
+    """100 rows in blocks of 32: the last block reaches back."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(100, 64)), dtype)
+    hidden = jnp.asarray(rng.normal(size=(2, 3, 64)), dtype)
+    stored = table if kind is None else quantize(table, kind)
+    whole = table if kind is None else dequantize(stored, dtype)
+    expected = jnp.einsum("btd,vd->btv", hidden, whole, preferred_element_type=jnp.float32)
+    found = jax.jit(partial(scores, block_rows=32))(hidden, stored)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_scores_never_have_a_whole_dequantized_table(kind):
+    vocabulary, width, rows = 4096, 512, 256
+    table = jax.eval_shape(
+        partial(quantize, kind=kind), jax.ShapeDtypeStruct((vocabulary, width), "bfloat16")
+    )
+    hidden = jax.ShapeDtypeStruct((1, width), jnp.bfloat16)
+    program = jax.jit(partial(scores, block_rows=rows)).lower(hidden, table).compile()
+    assert program.memory_analysis().temp_size_in_bytes < vocabulary * width * 2
