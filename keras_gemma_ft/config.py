@@ -110,8 +110,9 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "lora.targets",
         "all-linear",
-        "which projections of the text decoder get adapters: all-linear, or names "
-        "with commas (q_proj,v_proj)",
+        "which matrices of the text decoder get adapters, with commas: all-linear means the seven "
+        "projections; or names (q_proj,v_proj); experts only by name "
+        "(all-linear,experts_gate_up,experts_down)",
         recommended="all-linear",
     ),
     Field(

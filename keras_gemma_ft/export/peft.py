@@ -17,7 +17,7 @@ from keras_gemma_ft.export.staging import staged
 from keras_gemma_ft.export.tuned import Tuned
 from keras_gemma_ft.json_files import write_json
 from keras_gemma_ft.model.lora import LoraConfig
-from keras_gemma_ft.model.weights import TEXT_PREFIX, WHOLE_PREFIX, peft_target_modules, table
+from keras_gemma_ft.model.weights import EXPERTS, TEXT_PREFIX, WHOLE_PREFIX, peft_target_modules, table
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -44,14 +44,22 @@ def export_peft(
         The certificate.
 
     Raises:
-        UserError: There are no adapters, the target holds other files, or the certificate is refused; then
-            nothing is left behind.
+        UserError: There are no adapters, or experts have some; the target holds other files, or the
+            certificate is refused. Then nothing is left behind.
     """
     if tuned.lora is None or not tuned.adapters:
         raise UserError(
             "all weights were trained: there is no adapter",
             where="--format=peft",
             remedy="use --format=hf, which writes the whole model.",
+        )
+    if any(name.rpartition("/")[2] in EXPERTS for name in tuned.adapters):
+        # PEFT nests wrappers of parameters around the experts' module, names factors after the nesting, and
+        # refuses dropout for the whole adapter then; no other reader of its files knows that form.
+        raise UserError(
+            "the experts have adapters, which are not written in PEFT's form",
+            where="--format=peft",
+            remedy="use --format=hf, which merges them, or train without experts_* in lora.targets.",
         )
     prefix = WHOLE_PREFIX if whole else TEXT_PREFIX
     arrays = _named(tuned, prefix)

@@ -359,7 +359,8 @@ def _decoder_layer(
     fed = _feed_forward(project, norm(x, "pre_feedforward_layernorm"))
     if config.num_experts:
         fed = norm(fed, "post_feedforward_layernorm_1") + norm(
-            _experts(layer, w, x, norm(x, "pre_feedforward_layernorm_2")), "post_feedforward_layernorm_2"
+            _experts(layer, w, inputs["adapters"], x, norm(x, "pre_feedforward_layernorm_2")),
+            "post_feedforward_layernorm_2",
         )
     x = x + norm(fed, "post_feedforward_layernorm")
 
@@ -510,9 +511,28 @@ def _gelu_product_backward(inputs: tuple[jax.Array, jax.Array], d: jax.Array) ->
 _gelu_product.defvjp(_gelu_product_forward, _gelu_product_backward)
 
 
-def _experts(layer: _Layer, w: Mapping[str, Any], x: jax.Array, normed: jax.Array) -> jax.Array:
-    """The mixture of experts: routed by the layer's hidden state, fed by its norm."""
+def _experts(
+    layer: _Layer,
+    w: Mapping[str, Any],
+    adapters: Mapping[str, Mapping[str, jax.Array]],
+    x: jax.Array,
+    normed: jax.Array,
+) -> jax.Array:
+    """The mixture of experts: routed by the layer's hidden state, fed by its norm.
+
+    Its adapters have no dropout, as PEFT's of three-dimensional parameters have none.
+    """
     config = layer.config
+    gate_up, down = adapters.get("experts_gate_up", {}), adapters.get("experts_down", {})
+    lora = None
+    if gate_up or down:
+        lora = moe.ExpertLora(
+            gate_up.get("lora_a"),
+            gate_up.get("lora_b"),
+            down.get("lora_a"),
+            down.get("lora_b"),
+            layer.settings.lora_scale,
+        )
     flat = x.reshape(-1, x.shape[-1])
     indices, shares = moe.route(
         flat,
@@ -528,6 +548,7 @@ def _experts(layer: _Layer, w: Mapping[str, Any], x: jax.Array, normed: jax.Arra
         shares,
         w["experts_gate_up"],
         w["experts_down"],
+        lora,
         implementation=layer.settings.experts,
     )
     return out.reshape(x.shape)

@@ -24,7 +24,7 @@ class LoraConfig:
         rank: Width.
         alpha: The adapter's output is scaled by alpha / rank.
         dropout: Share of an adapter's inputs dropped in training.
-        targets: "all-linear", or roles with commas between.
+        targets: "all-linear" and roles, with commas between; see `weights.lora_targets`.
     """
 
     rank: int = 16
@@ -55,9 +55,9 @@ class LoraConfig:
 
 
 def shapes(weight: Weight, rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapter of a stack of matrices [..., out, in]."""
-    out, inner = weight.shape
-    stack = weight.layers.shape
+    """Shapes of the adapter of a stack of matrices [..., out, in]; each expert has one of its own."""
+    *experts, out, inner = weight.shape
+    stack = (*weight.layers.shape, *experts)
     return {"lora_a": (*stack, rank, inner), "lora_b": (*stack, out, rank)}
 
 
@@ -72,7 +72,7 @@ def initial(weight: Weight, rank: int, seed: int) -> dict[str, np.ndarray]:
     of = shapes(weight, rank)
     name = np.frombuffer(weight.name.encode(), np.uint8)
     random = np.random.default_rng([seed, *name.tolist()])
-    bound = math.sqrt(1 / weight.shape[1])
+    bound = math.sqrt(1 / weight.shape[-1])
     return {
         "lora_a": random.uniform(-bound, bound, of["lora_a"]).astype(np.float32),
         "lora_b": np.zeros(of["lora_b"], np.float32),

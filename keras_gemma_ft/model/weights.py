@@ -96,6 +96,7 @@ GGUF_NAMES = {
 TEXT_PREFIX, WHOLE_PREFIX = "model.", "model.language_model."
 _PEFT_FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _MATRICES = (*ALL_LINEAR, "per_layer_input_gate", "per_layer_projection")
+EXPERTS = ("experts_gate_up", "experts_down")
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def table(config: Gemma4Config) -> dict[str, Weight]:
                 use: Use = "small"
                 if role in _MATRICES:
                     use = "matrix"
-                elif role in ("experts_gate_up", "experts_down"):
+                elif role in EXPERTS:
                     use = "experts"
                 weights.append(Weight(f"{stage.name}/{span}/{role}", shape, layers, use))
     weights.append(Weight("norm", (hidden,), none, "small"))
@@ -359,18 +360,18 @@ def lora_targets(config: Gemma4Config, targets: str | tuple[str, ...] = "all-lin
 
     Args:
         config: Of the model.
-        targets: "all-linear", or roles, as a tuple or with commas between (`"q_proj,v_proj"`).
+        targets: "all-linear", which means the seven projections, and roles, as a tuple or with commas
+            between (`"q_proj,v_proj"`). Experts get adapters only where their roles are named
+            (`"all-linear,experts_gate_up,experts_down"`).
 
     Raises:
         UserError: A role is not one of a layer's matrices.
     """
-    if targets == "all-linear":
-        roles: tuple[str, ...] = ALL_LINEAR
-    else:
-        names = targets.split(",") if isinstance(targets, str) else targets
-        roles = tuple(name.strip() for name in names)
+    names = [name.strip() for name in (targets.split(",") if isinstance(targets, str) else targets)]
+    roles = {role for name in names for role in (ALL_LINEAR if name == "all-linear" else (name,))}
     known = [role for role in _MATRICES if config.hidden_size_per_layer_input or role in ALL_LINEAR]
-    for role in roles:
+    known += EXPERTS if config.num_experts else ()
+    for role in sorted(roles):
         if role not in known:
             raise UserError(
                 f"{role!r} is no matrix of this decoder's layers",

@@ -111,3 +111,15 @@ def test_a_run_of_all_weights_has_no_adapter(preset, tmp_path):
     with pytest.raises(UserError, match="there is no adapter"):
         export_peft(tmp_path / "peft", model, "base")
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_of_experts_are_refused_and_merged_instead(preset, tmp_path):
+    """As a merged directory they give the logits of the adapters beside their experts."""
+    model = tuned(preset("26b_a4b"), LoraConfig(2, 4.0, 0.0, "q_proj,experts_gate_up,experts_down"))
+    with pytest.raises(UserError, match="--format=hf, which merges them"):
+        export_peft(tmp_path / "peft", model, "base")
+    assert not list(tmp_path.iterdir())
+    merged = streaming.logits(model, token_rows(model))
+    assert relative_error(merged, adapted_logits(model)) < 1e-5
+    without = tuned(preset("26b_a4b"), LoraConfig(2, 4.0, 0.0, "q_proj"))
+    assert relative_error(adapted_logits(without), merged) > 1e-2

@@ -29,15 +29,17 @@ def tokens(rows: int = 2, length: int = 40, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, VOCABULARY, (rows, length), np.int32)
 
 
-def random_adapters(config: Gemma4Config, rank: int = 4, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
-    """Adapters of all linear layers in which B is random too, as after training."""
+def random_adapters(
+    config: Gemma4Config, rank: int = 4, seed: int = 0, targets: str = "all-linear"
+) -> dict[str, dict[str, np.ndarray]]:
+    """Adapters of all linear layers, or others, in which B is random too, as after training."""
     rng = np.random.default_rng(seed)
     return {
         weight.name: {
             factor: rng.normal(0, 0.2, shape).astype(np.float32)
             for factor, shape in lora.shapes(weight, rank).items()
         }
-        for weight in lora_targets(config)
+        for weight in lora_targets(config, targets)
     }
 
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import FLOAT32, Decoder, distance, logits, random_adapters, tokens
+from decoders import FLOAT32, Decoder, distance, gradients, logits, random_adapters, tokens
 from small_models import KINDS
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model import gemma4, lora
 from keras_gemma_ft.model.config import Gemma4Config
-from keras_gemma_ft.model.weights import ALL_LINEAR, lora_targets, table
+from keras_gemma_ft.model.weights import ALL_LINEAR, EXPERTS, lora_targets, table
 
 KEY = jnp.array([1, 2], jnp.uint32)
 
@@ -138,6 +138,12 @@ def test_targets_by_role():
     config = Gemma4Config.from_hf(KINDS["e4b"])
     chosen = {weight.role for weight in lora_targets(config, "q_proj, per_layer_input_gate")}
     assert chosen == {"q_proj", "per_layer_input_gate"}
+    assert {weight.role for weight in lora_targets(config, "all-linear, per_layer_projection")} == {
+        *ALL_LINEAR,
+        "per_layer_projection",
+    }
+    with pytest.raises(UserError, match="'experts_down' is no matrix of this decoder's layers"):
+        lora_targets(config, "all-linear,experts_down")
     with pytest.raises(UserError, match="'router_proj' is no matrix of this decoder's layers"):
         lora_targets(config, ("q_proj", "router_proj"))
 
@@ -153,3 +159,45 @@ def test_a_new_adapter_is_as_peft_makes_it():
     assert not made["lora_b"].any()
     np.testing.assert_array_equal(lora.initial(weight, 16, seed=0)["lora_a"], made["lora_a"])
     assert (lora.initial(weight, 16, seed=1)["lora_a"] != made["lora_a"]).all()
+
+
+WITH_EXPERTS = "all-linear,experts_gate_up,experts_down"
+
+
+def test_experts_have_adapters_where_they_are_asked_for():
+    config = Gemma4Config.from_hf(KINDS["26b_a4b"])
+    chosen = {weight.name: weight for weight in lora_targets(config, WITH_EXPERTS)}
+    assert {name.rpartition("/")[2] for name in chosen} == {*ALL_LINEAR, *EXPERTS}
+    made = lora.initial(chosen["own/local/experts_gate_up"], 3, seed=0)
+    layers = chosen["own/local/experts_gate_up"].layers.shape
+    assert made["lora_a"].shape == (*layers, config.num_experts, 3, config.hidden_size)
+    assert made["lora_b"].shape == (*layers, config.num_experts, 2 * config.moe_intermediate_size, 3)
+    assert 0.9 * config.hidden_size**-0.5 < made["lora_a"].max() <= config.hidden_size**-0.5
+
+
+@pytest.mark.heavy
+def test_adapters_of_experts_are_those_of_merged_weights(decoder):
+    """Values, and gradients by the chain rule: of W + s · B A, A has s · Bᵀ dW and B has s · dW Aᵀ."""
+    model, scale = decoder("26b_a4b"), 2.0
+    settings = dataclasses.replace(FLOAT32, lora_scale=scale)
+    adapters = random_adapters(model.config, targets=WITH_EXPERTS)
+    merged = {
+        name: model.params[name] + scale * factors["lora_b"] @ factors["lora_a"]
+        for name, factors in adapters.items()
+    }
+    mask = np.random.default_rng(1).random(tokens().shape) < 0.5
+    _, expected, gradient_of = gradients(
+        dataclasses.replace(model, params=model.params | merged), mask, tokens()
+    )
+    _, found, gradient = gradients(
+        model, mask, tokens(), settings=settings, adapters=adapters, train_base=False
+    )
+    assert distance(found, expected) < 1e-5
+    for name, factors in adapters.items():
+        a, b, d_weight = factors["lora_a"], factors["lora_b"], gradient_of["params"][name]
+        by_rule = {
+            "lora_a": scale * b.swapaxes(-1, -2) @ d_weight,
+            "lora_b": scale * d_weight @ a.swapaxes(-1, -2),
+        }
+        for factor, value in by_rule.items():
+            assert distance(gradient["adapters"][name][factor], value) < 1e-3, (name, factor)
