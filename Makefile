@@ -22,10 +22,10 @@ demo: setup  ## train, evaluate and export the embedded default, offline, in run
 	$(BIN)/keras-gemma-ft export --workdir=runs/demo --format=hf,peft
 
 test: lint  ## lint, types and all tests that are not heavy
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not heavy"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not heavy"
 
 test-all: lint  ## the heavy tests, too
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/test.stamp  ## lint, format and types
 	$(BIN)/ruff check .
