@@ -36,7 +36,7 @@ class Choice:
 
     def __str__(self) -> str:
         if self.limit is None:
-            return f"remat: {self.remat}; the device reports no limit of memory, so nothing is computed twice"
+            return f"remat: {self.remat}; the device reports no limit of memory, so all is kept"
         *slower, taken = (f"{remat} needs {_gib(size)}" for remat, size in self.needs.items())
         return f"remat: {self.remat}; of {_gib(self.limit)} " + ", ".join([taken, *slower])
 
