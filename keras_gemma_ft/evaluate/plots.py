@@ -98,7 +98,7 @@ def loss_curves(run: RunRecord) -> str | None:
             )
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="upper right")  # where falling curves leave room
     return svg[0]
 
 
@@ -173,7 +173,7 @@ def length_against_error(predictions: Sequence[Mapping[str, Any]]) -> str | None
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("words in the prompt")
         axes.set_ylabel("mean score")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="lower left")
     return svg[0]
 
 
@@ -200,7 +200,7 @@ def calibration(predictions: Sequence[Mapping[str, Any]]) -> str | None:
             axes.plot(*points, **_STYLE[name], label=f"{name}: error {error:.3f}")
         axes.set_xlabel("confidence")
         axes.set_ylabel("share right")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="upper left")
     return svg[0]
 
 
@@ -223,10 +223,15 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _limit_losses(axes: Axes, train: np.ndarray, held_out: np.ndarray) -> None:
-    """Keeps single spikes from flattening everything else."""
+    """Keeps single spikes, or a steep beginning, from flattening everything else."""
     values = np.concatenate([_smoothed(train), held_out])
     values = values[np.isfinite(values)]
     if values.size:
         low, high = float(values.min()), float(values.max())
+        if 0 < low < high / 10:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+            axes.set_ylim(low / 1.2, high * 1.2)
+            return
         margin = 0.05 * (high - low) or 0.1
         axes.set_ylim(max(0.0, low - margin), high + margin)
