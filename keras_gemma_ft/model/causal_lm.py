@@ -319,7 +319,7 @@ class GemmaCausalLM(keras.Model):
         loss, tokens, gradients = _accumulated(sums, trainable, _complete(data), key, self.micro_batch_size)
         share = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
         gradients = [gradient * share for gradient in gradients]
-        logs = {"loss": loss * share, "tokens": tokens, "grad_norm": optax.global_norm(gradients)}
+        logs = {"loss": loss * share, "tokens": tokens, "grad_norm": optax.tree.norm(gradients)}
         if self.log_gradients:
             logs["squared_gradients"] = self._squared_by_layer(gradients)
         trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
