@@ -119,7 +119,7 @@ checkpoints.wait()
 """
 
 
-@pytest.mark.parametrize("moment", ["at once", "renaming"])
+@pytest.mark.parametrize("moment", [pytest.param("at once", marks=pytest.mark.heavy), "renaming"])
 def test_a_run_killed_while_saving_leaves_the_checkpoint_before(moment, tmp_path):
     here = os.path.dirname(__file__)
     result = subprocess.run(

@@ -67,6 +67,7 @@ def row(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return table_of(f"--case={PRESET}", **environment)
 
 
+@pytest.mark.heavy
 def test_a_row_has_what_the_table_shows(row):
     assert "error" not in row, row
     assert row["name"] == PRESET
@@ -80,11 +81,13 @@ def test_a_row_has_what_the_table_shows(row):
     assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"], rel=0.02, abs=1e-3)
 
 
+@pytest.mark.heavy
 def test_a_row_is_of_steps_that_train(row):
     first, second, third = row["losses"]
     assert third < second < first
 
 
+@pytest.mark.heavy
 def test_the_floor_of_a_row_is_that_counted_by_hand(row):
     # Hidden size 160, FFN 320, per-layer width 32; 4 heads of 32 in local layers and of 64 in global ones,
     # which alternate, with 1 of keys and values. Layers 4 and 5 share K/V and have an FFN of 640.

@@ -46,7 +46,7 @@ def make_run(place: Path, method: str) -> Any:
     return config
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.heavy)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     place = tmp_path_factory.mktemp(request.param)
     return place, make_run(place, request.param)

@@ -101,7 +101,7 @@ def test_tensorboard_can_read_the_scalars(whole):
     assert {"train/learning_rate", "speed/tokens_per_second"} <= scalars.keys()
 
 
-@pytest.mark.parametrize("step", [25, 20])
+@pytest.mark.parametrize("step", [25, pytest.param(20, marks=pytest.mark.heavy)])
 def test_killed_and_resumed_it_ends_bit_for_bit_the_same(whole, step, tmp_path):
     killed = in_a_process(tmp_path, f"--kill={step}", "--no-tensorflow")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
