@@ -194,6 +194,8 @@ def measure(case: argparse.Namespace) -> dict[str, Any]:
     del state, logs, logged
     rate = ceiling(case.precision)
     tokens = case.rows * case.length
+    from keras_gemma_ft.model.flops import floor_flops
+
     floor = floor_flops(model.config, tokens, all_weights=case.method == "full") / rate
     return {
         **described(case),
@@ -282,17 +284,6 @@ def _compiled(lowered: Any) -> tuple[Any, bool]:
 
 
 # --- The floor ----------------------------------------------------------------------------------------------
-
-
-def floor_flops(config: Any, tokens: int, all_weights: bool = False) -> float:
-    """FLOPs of the matrix products of a step; see the head of this file."""
-    from keras_gemma_ft.model.weights import table
-
-    active = 0.0
-    for weight in table(config).values():
-        share = config.top_k_experts / config.num_experts if weight.use == "experts" else 1.0
-        active += weight.size * share if weight.use in ("matrix", "experts") else 0
-    return (6 if all_weights else 4) * (active + config.vocab_size * config.hidden_size) * tokens
 
 
 def ceiling(precision: str) -> float:

@@ -18,6 +18,7 @@ from keras_gemma_ft.advice import Settings, as_lines, before_training
 from keras_gemma_ft.config import validate
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, write_json
+from keras_gemma_ft.model.flops import floor_flops, peak_flops
 from keras_gemma_ft.train import workdir as directory
 from keras_gemma_ft.train.answers import Answers
 from keras_gemma_ft.train.audit import weight_of
@@ -177,7 +178,9 @@ def fit(
             TensorBoardScalars(place / "tensorboard"),
             *trackers(config, place, progress.say),
         ]
-        measurements = Measurements(batches, writers, optimizer.learning_rate_at)
+        measurements = Measurements(
+            batches, writers, optimizer.learning_rate_at, _tokens_at_peak(model, config.method)
+        )
         detector = OverfittingDetector(
             train.on_overfitting,
             warmup_steps=round(train.warmup_ratio * total),
@@ -244,6 +247,13 @@ def fit(
         )
     progress.say(f"done: {step} steps in {duration(seconds)}; {_describe(best)}\n{place}")
     return Result(place, step, dict(validation.losses), best, stop.received)
+
+
+def _tokens_at_peak(model: Any, method: str) -> float | None:
+    peak = peak_flops()
+    if peak is None:
+        return None
+    return peak * jax.device_count() / floor_flops(model.config, 1, all_weights=method == "full")
 
 
 def _describe(best: checkpoint.Saved) -> str:

@@ -11,6 +11,7 @@ TAGS = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
     "eval_loss": "held_out/loss",
 }
 

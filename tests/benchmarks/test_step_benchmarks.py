@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from keras_gemma_ft.model.flops import floor_flops
 from keras_gemma_ft.model.gemma4 import Settings
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -105,16 +106,14 @@ def test_the_floor_of_tiny_is_that_counted_by_hand(step):
     local, global_ = every + 2 * 64 * 8 * 16, every + 2 * 64 * 8 * 32
     own_kv = 2 * (2 * 64 * 2 * 16) + 2 * 64 * 2 * 32
     matrices = 4 * local + 2 * global_ + own_kv + 64 * 6 * 64
-    assert step.floor_flops(step.decoder("tiny"), 10) == 4 * (matrices + 512 * 64) * 10
+    assert floor_flops(step.decoder("tiny"), 10) == 4 * (matrices + 512 * 64) * 10
 
 
 def test_the_floor_counts_the_experts_that_a_token_visits(step):
     heads = 25 * (2 * 16 + 2 * 8) * 256 + 5 * (2 * 16 + 2) * 512  # global layers have no values of their own
     wide = 3 * 30 * (2112 + 8 * 704)
-    assert step.floor_flops(step.decoder("26b_a4b"), 1) == 4 * 2816 * (heads + wide + 262_144)
-    assert step.floor_flops(step.decoder("26b_a4b"), 10, all_weights=True) == 60 * 2816 * (
-        heads + wide + 262_144
-    )
+    assert floor_flops(step.decoder("26b_a4b"), 1) == 4 * 2816 * (heads + wide + 262_144)
+    assert floor_flops(step.decoder("26b_a4b"), 10, all_weights=True) == 60 * 2816 * (heads + wide + 262_144)
 
 
 def test_every_row_of_the_table_is_a_case(step, gpu):

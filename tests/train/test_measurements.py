@@ -92,6 +92,20 @@ def test_a_device_that_is_waited_for_is_timed_by_when_it_is_done(clock):
     assert [record["seconds"] for record in kept.records if "seconds" in record] == [5.0, 5.0, 5.0]
 
 
+def test_utilization_is_throughput_over_that_at_the_peak(clock):
+    kept = Kept()
+    measure = Measurements(Batches(toy_model.rows(40), 4, seed=0), [kept], lambda step: 0.1, 50.0)
+    for step in range(3):
+        measure.on_train_batch_begin(step)
+        clock[0] += 2.0
+        measure.on_train_batch_end(step, {"loss": 1.0})
+    measure.settle()
+    records = [record for record in kept.records if "mfu" in record]
+    assert len(records) == 2
+    for record in records:
+        assert record["mfu"] == pytest.approx(record["tokens"] / 2.0 / 50.0, abs=1e-4)
+
+
 def test_a_dispatch_that_returns_at_once_is_no_step(clock):
     """A device that takes one step ahead: after a pause the first dispatch returns, the next waits for it."""
 

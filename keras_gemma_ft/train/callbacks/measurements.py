@@ -34,15 +34,22 @@ class Measurements(keras.callbacks.Callback):
         batches: The run's batches, for tokens and fingerprints.
         writers: Where records go.
         learning_rate_at: Learning rate of a step counted from 0.
+        tokens_at_peak: Tokens a second that the devices would train if they did nothing but the matrix
+            products that training needs, at their peak rate. What is reached of it is recorded as `mfu`.
     """
 
     def __init__(
-        self, batches: Batches, writers: Sequence[Writer], learning_rate_at: Callable[[int], float]
+        self,
+        batches: Batches,
+        writers: Sequence[Writer],
+        learning_rate_at: Callable[[int], float],
+        tokens_at_peak: float | None = None,
     ) -> None:
         super().__init__()
         self._batches = batches
         self._writers = writers
         self._learning_rate_at = learning_rate_at
+        self._tokens_at_peak = tokens_at_peak
         self._unread: tuple[int, Any, float | None] | None = None
         self._clock: float | None = None
         self._began = 0.0
@@ -100,6 +107,8 @@ class Measurements(keras.callbacks.Callback):
             seconds = ended - self._clock
             record["seconds"] = round(seconds, 4)
             record["tokens_per_second"] = round(tokens / seconds, 1)
+            if self._tokens_at_peak is not None:
+                record["mfu"] = round(tokens / seconds / self._tokens_at_peak, 4)
             self.tokens += tokens
             self.seconds += seconds
         self._clock = ended
