@@ -20,7 +20,8 @@ from keras_gemma_ft.train.optimizers import adamw
 STEPS, ROWS, LENGTH = 50, 8, 32
 TOLERANCE = 0.01
 # The loss falls throughout, from 11.1 to 5.9. With six layers and 1e-2 it falls to a fortieth in 35 steps;
-# from there on rounding moves what is left of it by up to 2.5%.
+# from there on rounding moves what is left of it by up to 2.5%. With the kind e2b of small_models.py and this
+# rate it falls to a seventh, and 2 of the 50 steps in bfloat16 are 1.1% from float32.
 RATE = 3e-3
 NF4 = {"weights": "nf4"}
 
