@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 8
     config.train.epochs = 1
     config.train.remat = "none"
-    config.train.eval_every = 200
+    config.train.eval_every = 100
     config.task.kind = "numeric"
     return config
