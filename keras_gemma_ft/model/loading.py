@@ -286,7 +286,8 @@ def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dty
     stacked = np.empty(weight.stacked_shape, jnp.dtype(dtype))
     for index in indices:
         stacked[index] = source.part(weight, index)
-    return jnp.asarray(stacked)
+    # Until it has arrived, this copy lives on; the next weight's would come to lie beside it.
+    return jnp.asarray(stacked).block_until_ready()
 
 
 @jax.jit(donate_argnums=0)
