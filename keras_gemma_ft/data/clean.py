@@ -164,7 +164,7 @@ def main(config: Mapping[str, Any], out: Path) -> Cleaned:
         UserError: There is something already, a file cannot be read, nothing is left, or the directory cannot
             be written.
     """
-    from keras_gemma_ft.data.readers import readings
+    from keras_gemma_ft.data.readers import each_once, readings
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -175,8 +175,7 @@ def main(config: Mapping[str, Any], out: Path) -> Cleaned:
         )
     data, settings = config["data"], config["clean"]
     repair = Repair(settings["normalize"])
-    config = {**config, "data": {**data, "on_error": "skip", "weights": None, "row_weight": None}}
-    train, held_out = readings(config, print, repair)
+    train, held_out = readings(each_once(config), print, repair)
     cleaned = clean(
         train,
         held_out,

@@ -192,15 +192,13 @@ def main(config: Mapping[str, Any], out: Path | None = None) -> Inspection:
     """
     from keras_gemma_ft.data.from_config import tokenizer_and_recipe
     from keras_gemma_ft.data.inspect_report import check_is_page, print_report, reading, write_report
-    from keras_gemma_ft.data.readers import conversations, readings
+    from keras_gemma_ft.data.readers import conversations, each_once, readings
 
     title = printable(config["data"]["train"])
     if out is not None:
         check_is_page(out)
     tokenizer, recipe = tokenizer_and_recipe(config)
-    # Each row once, also where an epoch has some more often.
-    data = {**config["data"], "on_error": "skip", "weights": None, "row_weight": None}
-    config = {**config, "data": data}
+    config = each_once(config)
     with reading() as (tell, progress):
         look = partial(
             inspect,

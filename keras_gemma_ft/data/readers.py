@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import repeat
 from typing import Any, Literal
 
@@ -125,16 +126,22 @@ def readings(
         answer_is_label=config["task"]["kind"] == "classification",
     )
 
-    def rows(sources: list[Source], weights: Sequence[float] | None = None) -> Reading:
+    def rows(sources: list[Source], columns: Columns, weights: Sequence[float] | None = None) -> Reading:
         return Reading(
             sources, columns, data["layout"], weights, config["seed"], data["on_error"], tell, repair
         )
 
     train, held_out = _sources(data)
     return (
-        rows(train, _weights(data["weights"], len(train))),
-        None if held_out is None else rows(held_out),
+        rows(train, columns, _weights(data["weights"], len(train))),
+        # What is held out has each row once, and need not have the column.
+        None if held_out is None else rows(held_out, replace(columns, weight=None)),
     )
+
+
+def each_once(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config by which each row comes once, and those that are wrong as problems: for looking at rows."""
+    return {**config, "data": {**config["data"], "on_error": "skip", "weights": None, "row_weight": None}}
 
 
 def fingerprints(

@@ -16,6 +16,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from keras_gemma_ft import cli
 from keras_gemma_ft.config import default_config
 from keras_gemma_ft.data.clean import Cleaned, clean, main, records
+from keras_gemma_ft.data.readers import conversations
 from keras_gemma_ft.data.rows import Conversation, Problem
 from keras_gemma_ft.errors import UserError
 
@@ -347,3 +348,22 @@ def test_nothing_is_written_where_nothing_is_left(tmp_path):
     with pytest.raises(UserError):
         main(_config(source), tmp_path / "out")
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_the_weights_that_are_written_balance_an_epoch(tmp_path):
+    """Only training rows have a weight; the held-out file is read beside them all the same."""
+    source, out = tmp_path / "source.jsonl", tmp_path / "out"
+    lines = [
+        json.dumps({"prompt": f"{WORDS[n]} {WORDS[n + 1]}", "response": "rare" if n % 10 == 0 else "common"})
+        for n in range(100)
+    ]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    cleaned = main(_config(source, clean__balance="weights"), out)
+    files = {"data__eval": str(out / "eval.jsonl"), "data__label": "label"}
+    train, held_out = conversations(_config(out / "train.jsonl", data__row_weight="weight", **files))
+    assert len(list(held_out)) == len(cleaned.held_out)
+    sizes, counts = (Counter(each.label for each in rows) for rows in (cleaned.train, train))
+    assert sizes["common"] > 5 * sizes["rare"]
+    for name, size in sizes.items():
+        # Half of the epoch each. Which of two whole numbers a row comes is drawn: a deviation of 1/2 at most.
+        assert abs(counts[name] - len(cleaned.train) / 2) <= 4 * 0.5 * size**0.5
