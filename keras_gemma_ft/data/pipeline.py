@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from keras_gemma_ft.data.dataset import Batch, PackedDataset
 if TYPE_CHECKING:
     import tensorflow as tf
 
+_DRIVERS = re.compile(rb"cudart_stub\.cc|before absl::InitializeLog")
 _AHEAD = 4  # batches made ready; a batch is some hundred kilobytes
 
 
@@ -73,28 +74,35 @@ def tf_dataset(
     return steps.map(load, num_parallel_calls=2, deterministic=True).prefetch(_AHEAD)
 
 
-@cache
 def tensorflow() -> Any:
     """TensorFlow, without the lines about missing GPU drivers that its libraries write as they are loaded.
 
-    Their level cannot be set from outside: they are written before any setting is read.
+    Their level cannot be set from outside: they are written before any setting is read. What else is said on
+    standard error meanwhile is said afterwards.
     """
-    if "tensorflow" in sys.modules:
-        return sys.modules["tensorflow"]
+    if "tensorflow" not in sys.modules:
+        with _standard_error_without(_DRIVERS):
+            import tensorflow  # noqa: F401
+    return sys.modules["tensorflow"]
+
+
+@contextlib.contextmanager
+def _standard_error_without(lines: re.Pattern[bytes]) -> Iterator[None]:
+    """Holds back what the process writes to standard error, and then writes all but some lines of it."""
     sys.stderr.flush()
     standard_error = os.dup(2)
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            import tensorflow
-        except BaseException:
-            said.seek(0)
-            os.write(standard_error, said.read())
-            raise
+            yield
         finally:
+            sys.stderr.flush()
             os.dup2(standard_error, 2)
             os.close(standard_error)
-    return tensorflow
+            said.seek(0)
+            for line in said:
+                if not lines.search(line):
+                    os.write(2, line)
 
 
 def _read_ahead(read: Callable[[int], Batch], start: int, stop: int | None) -> Iterator[Batch]:

@@ -1,5 +1,6 @@
 """Batches by step number, over processes, from disk, with and without TensorFlow."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.data.dataset import PackedDataset
 from keras_gemma_ft.data.packing import PackedRows
 from keras_gemma_ft.data.pipeline import iterate, tf_dataset
@@ -141,3 +143,13 @@ def test_nothing_here_imports_tensorflow():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_lines_about_drivers_are_held_back(capfd):
+    said = "W: about NumPy\nI0000 cudart_stub.cc:31] Could not find cuda drivers\nlast"
+    with pytest.raises(ValueError, match="no"), pipeline._standard_error_without(pipeline._DRIVERS):
+        os.write(2, said.encode())
+        os.write(2, b" words\n")
+        raise ValueError("no")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "W: about NumPy\nlast words\nafter\n"
