@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -374,7 +373,7 @@ class GemmaCausalLM(keras.Model):
         weights = table(self.config)
         squared = {}
         for variable, gradient in zip(self.trainable_variables, gradients, strict=True):
-            weight = weights[re.sub("/lora_[ab]$", "", variable.path.removeprefix(f"{self.name}/"))]
+            weight = weights[lora.weight_name(variable.path)]
             axes = weight.layers.ndim if weight.in_layers else 0
             squares = jnp.square(gradient.astype(jnp.float32))
             squared[variable.path] = squares.sum(tuple(range(axes, squares.ndim)))

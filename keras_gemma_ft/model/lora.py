@@ -7,6 +7,7 @@ zero, so that a new adapter changes nothing.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +53,15 @@ class LoraConfig:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def weight_name(path: str) -> str:
+    """Our name of a variable's weight, or of the weight that an adapter's factor is beside.
+
+    Args:
+        path: Of a variable of `GemmaCausalLM`: `gemma/own/local/q_proj/lora_a` gives `own/local/q_proj`.
+    """
+    return re.sub(r"/lora_[ab]$", "", path.partition("/")[2])
 
 
 def shapes(weight: Weight, rank: int) -> dict[str, tuple[int, ...]]:

@@ -67,10 +67,18 @@ class Answers:
         shown: int = 3,
     ) -> None:
         self._model = model
-        self._train, self._held_out = questions(train, count), questions(held_out, count)
         self._shown = shown
-        longest = max((len(question.answer) for question in [*self._train, *self._held_out]), default=1)
+        train_questions, held_out_questions = questions(train, count), questions(held_out, count)
+        longest = max(
+            (len(question.answer) for question in [*train_questions, *held_out_questions]), default=1
+        )
         self._longest = min(longest, _LONGEST_ANSWER)
+        room = model.config.max_position_embeddings - self._longest
+        # A prompt that leaves no room for an answer is not asked; the run goes on without it.
+        self._train, self._held_out = (
+            [question for question in asked if len(question.prompt) <= room]
+            for asked in (train_questions, held_out_questions)
+        )
 
     def samples(self) -> list[dict[str, str]]:
         """A few held-out questions: the last `prompt`, the `expected` and the present `answer`, as text."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +66,6 @@ class Audit:
 def module_of(path: str) -> str:
     """The group of a Keras layer's variable: its path without its own name."""
     return path.rpartition("/")[0] or path
-
-
-def weight_of(path: str) -> str:
-    """The group of a variable of `GemmaCausalLM`: the weight itself, or the one that an adapter is beside."""
-    return re.sub(r"/lora_[ab]$", "", path.partition("/")[2])
 
 
 @dataclass(frozen=True)

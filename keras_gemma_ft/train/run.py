@@ -19,9 +19,10 @@ from keras_gemma_ft.config import validate
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, write_json
 from keras_gemma_ft.model.flops import floor_flops, peak_flops
+from keras_gemma_ft.model.lora import weight_name
 from keras_gemma_ft.train import workdir as directory
 from keras_gemma_ft.train.answers import Answers
-from keras_gemma_ft.train.audit import weight_of
+from keras_gemma_ft.train.audit import Audit
 from keras_gemma_ft.train.batches import Batches
 from keras_gemma_ft.train.callbacks.lazy_logs import LazyLogs
 from keras_gemma_ft.train.callbacks.learning_audit import LearningAudit
@@ -200,14 +201,16 @@ def fit(
             answers=answers,
             listeners=(save, lambda step, loss: detector.record_held_out(loss, step)),
         )
-        audit = LearningAudit(
-            group_of=weight_of,
-            first_step=batches.first_step,
-            report=lambda found: measurements.write(found.to_json()),
-        )
+
+        def record_audit(audit: Audit) -> None:
+            measurements.settle()  # it took the device's time
+            measurements.write(audit.to_json())
+
+        audit = LearningAudit(group_of=weight_name, first_step=batches.first_step, report=record_audit)
         try:
             if len(batches):
-                watching = [audit, detector, measurements, validation, *callbacks, stop]
+                # The audit waits for the first step; its compilation has been timed before.
+                watching = [measurements, audit, detector, validation, *callbacks, stop]
                 log_lazily = LazyLogs(watching, model, len(batches))
                 # Keras would shuffle the batches: their order is ours.
                 model.fit(batches.feed(), shuffle=False, verbose=0, callbacks=log_lazily)

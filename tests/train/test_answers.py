@@ -1,5 +1,7 @@
 """Questions and answers of a run, on the embedded preset."""
 
+import dataclasses
+
 import pytest
 
 from keras_gemma_ft.data.prepare import prepare
@@ -74,6 +76,18 @@ def test_samples_are_what_the_model_generates(tmp_path, model, own_answers):
     longest = len(questions(rows, 12)[0].answer)
     for sample, prompt in zip(samples, PROMPTS, strict=False):
         assert sample["answer"].strip() == model.generate(prompt, longest).strip()
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_not_asked(tmp_path, model, monkeypatch):
+    rows = prepared(tmp_path / "rows", model, ["counter 7"] * len(PROMPTS))
+    short = min(len(question.prompt) for question in questions(rows, 12))
+    room = short + len(questions(rows, 12)[0].answer)
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_position_embeddings=room))
+    asked = Answers(model, rows, rows, count=12)._held_out
+    assert 0 < len(asked) <= 12
+    assert {len(question.prompt) for question in asked} == {short}
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_position_embeddings=room - 1))
+    assert Answers(model, rows, rows, count=12).samples() == []
 
 
 def test_a_line_says_what_was_expected_where_that_differs():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.train.audit import Gradient, audit, module_of, require_learning, weight_of
+from keras_gemma_ft.model.lora import weight_name
+from keras_gemma_ft.train.audit import Gradient, audit, module_of, require_learning
 
 
 def tree(q=1.0, v=1.0, layers=False):
@@ -73,8 +74,9 @@ def test_what_cannot_learn_is_refused(loss, tokens, gradient, message):
 def test_groups_are_modules():
     assert module_of("decoder/local/q_proj/lora_a") == "decoder/local/q_proj"
     assert module_of("kernel") == "kernel"
-    assert weight_of("gemma/own/local/q_proj/lora_a") == "own/local/q_proj"
-    assert weight_of("gemma/own/local/q_proj") == "own/local/q_proj"
+    assert weight_name("gemma/own/local/q_proj/lora_a") == "own/local/q_proj"
+    assert weight_name("gemma/own/local/q_proj") == "own/local/q_proj"
+    assert weight_name("gemma/norm") == "norm"
 
 
 def keras_array(variable):

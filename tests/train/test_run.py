@@ -18,6 +18,8 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate.run_record import read_run
 from keras_gemma_ft.train import run
 from keras_gemma_ft.train.batches import Batches
+from keras_gemma_ft.train.callbacks import measurements
+from keras_gemma_ft.train.callbacks.learning_audit import LearningAudit
 from keras_gemma_ft.train.callbacks.validation import held_out_loss
 
 HERE = Path(__file__).parent
@@ -141,6 +143,27 @@ def test_another_seed_is_another_run(whole, tmp_path):
     result = run.fit(toy_model.ToyModel(), toy_model.examples(), config, tmp_path)
     assert result.step == 5
     assert batches_of(tmp_path)[1] != batches_of(whole[0])[1]
+
+
+def test_the_audits_time_belongs_to_no_step(tmp_path, monkeypatch):
+    waited, clock = [0.0], measurements.time.perf_counter
+    monkeypatch.setattr(measurements.time, "perf_counter", lambda: clock() + waited[0])
+    finish = LearningAudit._finish
+
+    def slowly(audit, logs):
+        waited[0] += 10_000.0
+        finish(audit, logs)
+
+    monkeypatch.setattr(LearningAudit, "_finish", slowly)
+    config = toy_run.config()
+    config.train.max_steps = 4
+    run.fit(toy_model.ToyModel(), toy_model.examples(), config, tmp_path)
+    records = read_run(tmp_path).metrics
+    (compiled,) = (record["compile_seconds"] for record in records if "compile_seconds" in record)
+    assert compiled < 1_000
+    seconds = [record["seconds"] for record in records if "seconds" in record]
+    assert len(seconds) == 3
+    assert max(seconds) < 1_000
 
 
 def test_the_held_out_loss_is_exact_over_tokens():
