@@ -13,6 +13,7 @@ from small_models import KINDS
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model import gemma4, lora
+from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.model.weights import ALL_LINEAR, EXPERTS, lora_targets, table
 
@@ -201,3 +202,18 @@ def test_adapters_of_experts_are_those_of_merged_weights(decoder):
         }
         for factor, value in by_rule.items():
             assert distance(gradient["adapters"][name][factor], value) < 1e-3, (name, factor)
+
+
+def test_gradients_are_squared_layer_by_layer():
+    model = GemmaCausalLM(Gemma4Config.from_hf(KINDS["26b_a4b"]), dtype="float32")
+    model.enable_lora(2, targets="all-linear,experts_down")
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=variable.shape).astype(np.float32) for variable in model.trainable_variables]
+    layers = {weight.name: weight.layers for weight in lora_targets(model.config, model.lora.targets)}
+    found = model._squared_by_layer(list(map(jnp.asarray, gradients)))
+    assert len(found) == 2 * len(layers)
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        stack = layers[variable.path.partition("/")[2].rpartition("/")[0]]
+        expected = [np.sum(np.square(gradient[index])) for index in np.ndindex(stack.shape)]
+        np.testing.assert_allclose(np.ravel(found[variable.path]), expected, rtol=1e-5)
+        assert found[variable.path].shape == stack.shape

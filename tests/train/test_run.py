@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_model
@@ -143,6 +144,20 @@ def test_another_seed_is_another_run(whole, tmp_path):
     result = run.fit(toy_model.ToyModel(), toy_model.examples(), config, tmp_path)
     assert result.step == 5
     assert batches_of(tmp_path)[1] != batches_of(whole[0])[1]
+
+
+def test_a_run_in_which_something_does_not_learn_is_stopped_and_says_so(tmp_path):
+    class Dead(toy_model.ToyModel):
+        def train_step(self, state, batch):
+            logs, state = super().train_step(state, batch)
+            head = next(path for path in logs["squared_gradients"] if path.endswith("head"))
+            return {**logs, "squared_gradients": {**logs["squared_gradients"], head: jnp.zeros(())}}, state
+
+    with pytest.raises(UserError, match="head is to be trained but receives no gradient"):
+        run.fit(Dead(), toy_model.examples(), toy_run.config(), tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "failed"
+    assert read_run(tmp_path).audit is None
+    assert checkpoint.find(tmp_path / "checkpoints") is None
 
 
 def test_the_audits_time_belongs_to_no_step(tmp_path, monkeypatch):
