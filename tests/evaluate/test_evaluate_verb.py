@@ -13,7 +13,7 @@ from keras_gemma_ft import checkpoint, cli
 from keras_gemma_ft.config import config_from
 from keras_gemma_ft.evaluate.run import Options, _drawn, main
 from keras_gemma_ft.json_files import read_json, read_lines, write_json
-from keras_gemma_ft.model import causal_lm
+from keras_gemma_ft.model import objective
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.model.from_config import build_base, build_model
 from keras_gemma_ft.model.gemma4 import Settings
@@ -129,7 +129,7 @@ def test_losses_of_any_vocabulary_take_one_chunk_of_logits(length):
         }
         rows = [jax.ShapeDtypeStruct((batch_tokens // length, length), jnp.int32)] * 3
         mask = jax.ShapeDtypeStruct(rows[0].shape, bool)
-        lowered = causal_lm._row_losses.lower(config, Settings(jnp.float32), params, None, *rows, mask)
+        lowered = objective.row_losses.lower(config, Settings(jnp.float32), params, None, *rows, mask)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     chunk = 4 * 1024 * 16_384
