@@ -6,8 +6,8 @@ On disk, under the run's `checkpoints/`, one directory for each step that is kep
     checkpoints/120/optimizer   its variables, by name
     checkpoints/120/random      states of the model's seed generators, in their order
 
-with the step, the held-out loss and the data position as Orbax metadata. Orbax writes a directory beside and
-renames it when it is whole, so a run killed while saving leaves the checkpoints of before.
+with the step, the held-out measurement and the data position as Orbax metadata. Orbax writes a directory
+beside and renames it when it is whole, so a run killed while saving leaves the checkpoints of before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import jax
 import keras
 import numpy as np
 
+from keras_gemma_ft.best_metric import rank
 from keras_gemma_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,11 +43,15 @@ class Saved:
         step: Updates made when it was saved.
         eval_loss: Held-out loss at that step; None where it was not measured.
         position: What the run needs to go on with the data: plain JSON.
+        metric: By which the run's best checkpoint is chosen.
+        value: Of that metric, at that step; None where it was not measured.
     """
 
     step: int
     eval_loss: float | None = None
     position: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = "loss"
+    value: float | None = None
 
 
 class Checkpoints:
@@ -54,15 +59,16 @@ class Checkpoints:
 
     Args:
         directory: The run's `checkpoints/`; created. Remains of a save that was killed are removed.
+        metric: By which the best one is chosen: one of `best_metric.NAMES`.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, metric: str = "loss") -> None:
         from orbax.checkpoint import v1 as orbax
 
+        self._metric = metric
         policies = orbax.training.preservation_policies
         best = policies.BestN(
-            # Orbax's best has the highest metric. A loss that is not a number is the worst there is.
-            get_metric_fn=lambda metrics: -_finite(metrics["eval_loss"]),
+            get_metric_fn=_rank,  # Orbax's best is the last when sorted by it
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -90,13 +96,22 @@ class Checkpoints:
         step: int,
         *,
         eval_loss: float | None = None,
+        value: float | None = None,
         position: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves the model's state, copied before this returns; the writing goes on in the background.
 
         During `fit`, call `model.jax_state_sync()` first. A checkpoint of that step that exists is replaced.
+
+        Args:
+            model: Compiled, if the run is to go on from there.
+            step: Updates made.
+            eval_loss: Held out, at that step; without it the checkpoint cannot be the best.
+            value: Of the metric by which the best is chosen, if that is not the loss.
+            position: See `Saved`.
         """
         self.wait()
+        measured = {"loss": eval_loss} if self._metric == "loss" else {"loss": eval_loss, self._metric: value}
         # Copies, because the buffers of variables are donated to the next step. Many processes hand over
         # their own shards instead and wait for the end.
         many = jax.process_count() > 1
@@ -111,8 +126,14 @@ class Checkpoints:
             {part: values for part, values in state.items() if values},
             force=True,
             overwrite=self.last_step == step,
-            metrics=None if eval_loss is None else {"eval_loss": _finite(eval_loss)},
-            custom_metadata={"step": step, "eval_loss": eval_loss, "position": dict(position or {})},
+            metrics=None if None in measured.values() else _to_store(measured),
+            custom_metadata={
+                "step": step,
+                "eval_loss": eval_loss,
+                "metric": self._metric,
+                "value": measured[self._metric],
+                "position": dict(position or {}),
+            },
         )
         self.last_step = step
         if many:
@@ -137,7 +158,7 @@ class Checkpoints:
 def find(directory: str | Path, which: Which | int = "last") -> Saved | None:
     """The best or the last checkpoint, or that of a given step; None where there is none.
 
-    The best is the one with the lowest held-out loss; where none was measured, the last.
+    The best is that by the metric that the run names; where none was measured, the last.
     """
     from orbax.checkpoint import v1 as orbax
 
@@ -145,18 +166,19 @@ def find(directory: str | Path, which: Which | int = "last") -> Saved | None:
     if not directory.is_dir():
         return None
     with orbax.training.Checkpointer(directory) as reader:
-        steps = {item.step: (item.metrics or {}).get("eval_loss") for item in reader.checkpoints}
-        measured = {step: loss for step, loss in steps.items() if loss is not None}
+        steps = {item.step: item.metrics for item in reader.checkpoints}
+        measured = {step: metrics for step, metrics in steps.items() if metrics}
         if not steps or (isinstance(which, int) and which not in steps):
             return None
         if isinstance(which, int):
             step = which
         elif which == "best" and measured:
-            step = min(measured, key=lambda step: (measured[step], step))
+            step = max(measured, key=lambda step: (*_rank(measured[step]), step))
         else:
             step = max(steps)
         metadata = reader.checkpointables_metadata(step).custom_metadata or {}
-    return Saved(step, metadata.get("eval_loss"), metadata.get("position") or {})
+    loss, position = metadata.get("eval_loss"), metadata.get("position") or {}
+    return Saved(step, loss, position, metadata.get("metric", "loss"), metadata.get("value", loss))
 
 
 def restore(
@@ -167,7 +189,7 @@ def restore(
     Args:
         model: Built, with `enable_lora` called as in the run (or none, for method full).
         directory: The run's `checkpoints/`.
-        which: "best" by held-out loss, "last", or a step.
+        which: "best" by the run's metric, "last", or a step.
         resume: Also the optimizer and the random state, of a compiled model, to go on training.
 
     Raises:
@@ -200,7 +222,7 @@ def tuned_model(
     Args:
         config: Of the run.
         workdir: Its directory.
-        which: "best" by held-out loss, "last", or a step.
+        which: "best" by the run's metric, "last", or a step.
 
     Raises:
         UserError: There is no such checkpoint, or no such preset.
@@ -299,5 +321,20 @@ def _abstract(variable: keras.Variable) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
 
 
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else 1e30
+def _to_store(measured: Mapping[str, float | None]) -> dict[str, float]:
+    """What Orbax keeps beside a checkpoint: `{"eval_loss": 0.5, "eval_accuracy": 0.75}`.
+
+    A loss that is not finite, which JSON cannot hold, is the worst there is.
+    """
+    return {
+        f"eval_{name}": value if math.isfinite(value) else 1e30
+        for name, value in measured.items()
+        if value is not None
+    }
+
+
+def _rank(stored: Mapping[str, float]) -> tuple[float, float]:
+    """`best_metric.rank` of what `_to_store` made; the loss alone is a metric too."""
+    values = {name.removeprefix("eval_"): value for name, value in stored.items()}
+    metric = next((name for name in values if name != "loss"), "loss")
+    return rank(metric, values[metric], values["loss"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from keras_gemma_ft import best_metric
 from keras_gemma_ft.errors import UserError
 
 
@@ -135,9 +136,10 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "quantization.per_layer_embedding",
         None,
-        "how the per-layer embedding of E2B and E4B is stored",
+        "how the per-layer embedding of E2B and E4B is stored; host: unquantized in the host's memory, "
+        "which LoRA may use too",
         kind=str,
-        choices=QUANTIZED,
+        choices=(*QUANTIZED, "host"),
         none="`precision`",
     ),
     Field(
@@ -336,7 +338,7 @@ FIELDS: tuple[Field, ...] = (
         "attention's backward pass needs; matmuls also the projections' outputs; none keeps all; offload "
         "keeps each layer's input in host memory; auto compiles one after the other, the fastest first, "
         "until a step fits the device",
-        choices=("auto", "full", "attention", "matmuls", "none", "offload"),
+        choices=("auto", "full", "attention", "outputs", "matmuls", "none", "offload"),
         recommended="auto on accelerators, whose compiler takes half a minute for each; full to save memory",
     ),
     Field(
@@ -351,8 +353,17 @@ FIELDS: tuple[Field, ...] = (
         "train.answers",
         16,
         "training and held-out prompts each that are answered when the held-out loss stops falling, to tell "
-        "learning from memorizing; a few are answered at every measurement; 0: none",
+        "learning from memorizing; a few are answered at every measurement, and all held-out ones where "
+        "`train.best_metric` is one of answers; 0: none",
         low=0,
+    ),
+    Field(
+        "train.best_metric",
+        "loss",
+        "by what the best checkpoint is chosen: the held-out loss or perplexity, or a metric of the task "
+        "over the held-out answers of each measurement",
+        choices=best_metric.NAMES,
+        recommended="loss; a metric of the task with train.answers=100 or more",
     ),
     Field(
         "train.on_overfitting",
@@ -536,7 +547,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
                 where="train.trackers",
                 remedy=f"{hint}Choose {_or(TRACKERS)}, or both with a comma.",
             )
+    _check_best_metric(values["train.best_metric"], values["task.kind"], values["train.answers"])
     quantized = [name for name in values if name.startswith("quantization.") and values[name] is not None]
+    if values["method"] == "lora":
+        quantized = [name for name in quantized if values[name] != "host"]
     if values["method"] != "qlora" and quantized:
         raise UserError(
             f"method {values['method']!r} trains on unquantized weights",
@@ -549,6 +563,25 @@ def _check_together(values: Mapping[str, Any]) -> None:
             f"{micro} does not divide train.batch_size = {rows}",
             where="train.micro_batch_size",
             remedy="choose " + _or([str(size) for size in range(1, rows + 1) if rows % size == 0]) + ".",
+        )
+
+
+def _check_best_metric(name: str, kind: str, answers: int) -> None:
+    """What can be said before the held-out rows are read, which with task.kind=auto decide the rest."""
+    if name in best_metric.LOSSES:
+        return
+    if not answers:
+        raise UserError(
+            f"{name!r} is measured on answers, and train.answers is 0",
+            where="train.best_metric",
+            remedy=f"set train.answers to 100, or choose {_or(best_metric.LOSSES)}.",
+        )
+    names = best_metric.TASK_METRICS.get(kind, ())
+    if kind != "auto" and name not in names:
+        raise UserError(
+            f"{name!r} is not measured in training for task.kind={kind}",
+            where="train.best_metric",
+            remedy=f"choose {_or((*best_metric.LOSSES, *names))}.",
         )
 
 

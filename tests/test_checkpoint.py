@@ -41,7 +41,7 @@ def test_state_comes_back_and_the_frozen_base_is_not_in_it(tmp_path):
     fresh = model(steps=0)
     base = np.array(fresh.get_layer("base").kernel.value)
     saved = checkpoint.restore(fresh, tmp_path, resume=True)
-    assert saved == checkpoint.Saved(2, 0.5, {"epoch": 1})
+    assert saved == checkpoint.Saved(2, 0.5, {"epoch": 1}, "loss", 0.5)
     for part, items in arrays(trained).items():
         assert items, part
         for name, value in items.items():

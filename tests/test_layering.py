@@ -22,7 +22,17 @@ LAYERS = (
     ("checkpoint",),
     ("model", "data"),
     ("ops",),
-    ("advice", "backend", "compilation", "config", "errors", "json_files", "presets", "recipes"),
+    (
+        "advice",
+        "backend",
+        "best_metric",
+        "compilation",
+        "config",
+        "errors",
+        "json_files",
+        "presets",
+        "recipes",
+    ),
 )
 HEIGHT = {room: -height for height, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -74,15 +74,15 @@ def loss_curves(run: RunRecord) -> str | None:
             axes.plot(
                 held_steps, held_out, color=_DARK, linestyle="--", marker="o", markersize=4, label="held-out"
             )
-        if np.isfinite(held_out).any():
-            best = int(np.nanargmin(held_out))
+        if run.best is not None:
+            by = "" if run.best.metric == "loss" else f" by {run.best.metric}"
             axes.plot(
-                held_steps[best],
-                held_out[best],
+                run.best.step,
+                run.best.loss,
                 "*",
                 color=_DARK,
                 markersize=14,
-                label=f"best: step {held_steps[best]:g}",
+                label=f"best{by}: step {run.best.step}",
             )
         _limit_losses(axes, train, held_out)
         for verdict in run.turning_points:

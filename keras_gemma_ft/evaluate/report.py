@@ -83,6 +83,8 @@ def summarize(run: RunRecord) -> dict[str, Any]:
             "best_step": int(held_steps[best]),
             "last": float(held_out[-1]),
         }
+    if run.best is not None:
+        numbers["best"] = run.best._asdict()
     _, throughput = run.curve("tokens_per_second")
     if len(throughput):
         numbers["tokens_per_second"] = float(np.median(throughput))
@@ -111,7 +113,8 @@ def figures(run: RunRecord) -> list[dict[str, Any]]:
         (
             "Loss",
             plots.loss_curves(run),
-            "Training loss (solid), held-out loss (dashed, dots), its best (star); verdicts at dotted lines.",
+            "Training loss (solid), held-out loss (dashed, dots), best checkpoint (star); verdicts at dotted "
+            "lines.",
         ),
         ("Learning rate", plots.series(run, "learning_rate", "learning rate"), "Over the steps of the run."),
         (

@@ -74,7 +74,11 @@ def main(config: ConfigDict, workdir: str | Path, options: Options = Options()) 
     base_model = build_base(config) if config.method == "full" else model
 
     # ------------------------------------------------------------------ base against tuned
-    console.print(f"{_count(rows, held_out, skipped)}; the tuned model is that of step {saved.step:,}")
+    console.print(
+        f"{_count(rows, held_out, skipped)}; the tuned model is that of step {saved.step:,}, "
+        f"the best by held-out {saved.metric}",
+        soft_wrap=True,
+    )
     template = Template(
         variant_of(config.preset), thinking=config.data.thinking, train_on=config.data.train_on
     )
@@ -92,7 +96,8 @@ def main(config: ConfigDict, workdir: str | Path, options: Options = Options()) 
             calibrate=options.calibrate,
             seed=config.seed,
         )
-        more: dict[str, Any] = {"checkpoint": {"step": saved.step, "held_out_loss": saved.eval_loss}}
+        chosen = {"step": saved.step, "held_out_loss": saved.eval_loss, "best_by": saved.metric}
+        more: dict[str, Any] = {"checkpoint": chosen}
         if general is not None:
             more["forgetting"] = forgetting_check(
                 tuned, base, general, source=str(options.forgetting), seed=config.seed

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_gemma_ft.best_metric import rank
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, read_lines
 
@@ -20,6 +21,15 @@ PARTS: Mapping[str, str] = {
     "config.json": "configuration",
     "manifest.json": "data, environment and cost",
 }
+
+
+class Best(NamedTuple):
+    """The best checkpoint: by which metric, where, and what was measured there."""
+
+    metric: str
+    step: int
+    value: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,18 @@ class RunRecord:
         }
         steps = sorted(points)
         return np.array(steps, np.float64), np.array([points[step] for step in steps], np.float64)
+
+    @property
+    def best(self) -> Best | None:
+        """The best checkpoint, as the run chose it; None where nothing was measured."""
+        metric = (self.config.get("train") or {}).get("best_metric", "loss")
+        points = [dict(zip(*self.curve(f"eval_{name}"), strict=True)) for name in (metric, "loss")]
+        steps = points[0].keys() & points[1].keys()
+        if not steps:
+            return None
+        # What a run begins with is no checkpoint of it.
+        step = max(steps, key=lambda step: (step > 0, *rank(metric, *(of[step] for of in points)), step))
+        return Best(metric, int(step), *(float(of[step]) for of in points))
 
     @property
     def verdicts(self) -> list[dict[str, Any]]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from keras_gemma_ft.data.dataset import PackedDataset
+from keras_gemma_ft.data.tokenizer import Tokenizer
+from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 from keras_gemma_ft.model.generation import generate_tokens
 from keras_gemma_ft.train.overfitting import Reproduction
 
 # Prompts at once: one shape for all of a run's answers, so that little is compiled.
 _ROWS = 8
+_MOST_ROWS = 32  # where all of them are scored at each measurement
 _LONGEST_ANSWER = 128
+
+Sample = dict[str, str]
+"""The `prompt` as it was put last, the `expected` answer, and the present `answer`."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,13 @@ class Answers:
     Args:
         model: With its vocabulary.
         train, held_out: Prepared rows.
-        count: Of questions of either kind that `reproduction` asks.
+        count: Of questions of either kind that `reproduction` asks, and of held-out ones that are scored.
         shown: Of held-out questions that `samples` gives.
+        metric: Scores samples. Answers then are as long as the longest expected one, not 128 tokens at most:
+            what is cut off cannot be right.
+
+    Raises:
+        UserError: There is a metric, and nothing to score.
     """
 
     def __init__(
@@ -65,36 +76,43 @@ class Answers:
         *,
         count: int = 16,
         shown: int = 3,
+        metric: Callable[[Sequence[Sample]], float] | None = None,
     ) -> None:
         self._model = model
         self._shown = shown
+        self._metric = metric
+        self._rows = _ROWS if metric is None else min(max(_ROWS, count), _MOST_ROWS)
         train_questions, held_out_questions = questions(train, count), questions(held_out, count)
         longest = max(
             (len(question.answer) for question in [*train_questions, *held_out_questions]), default=1
         )
-        self._longest = min(longest, _LONGEST_ANSWER)
+        self._longest = min(longest, _LONGEST_ANSWER) if metric is None else longest
         room = model.config.max_position_embeddings - self._longest
         # A prompt that leaves no room for an answer is not asked; the run goes on without it.
         self._train, self._held_out = (
             [question for question in asked if len(question.prompt) <= room]
             for asked in (train_questions, held_out_questions)
         )
+        if metric is not None and not self._held_out:
+            raise UserError(
+                f"no held-out prompt leaves room for an answer of {self._longest:,} tokens",
+                where="train.best_metric",
+                remedy="choose loss, or hold out shorter rows.",
+            )
 
-    def samples(self) -> list[dict[str, str]]:
-        """A few held-out questions: the last `prompt`, the `expected` and the present `answer`, as text."""
-        asked = self._held_out[:_ROWS]  # more than are shown, for the shape that `reproduction` needs too
-        answers = self._answer(asked)
-        return [
-            {
-                "prompt": _last_turn(self._model.tokenizer.decode(question.prompt.tolist())),
-                "expected": self._text(question.answer.tolist()),
-                "answer": self._text(answer),
-            }
-            for question, answer in list(zip(asked, answers, strict=True))[: self._shown]
+    def samples(self) -> tuple[list[Sample], float | None]:
+        """A few held-out questions with their answers, and the metric over all of them, if there is one."""
+        # More than are shown, for the shape that `reproduction` needs too.
+        asked = self._held_out[: self._rows] if self._metric is None else self._held_out
+        samples = [
+            as_sample(question, self._model.tokenizer, answer)
+            for question, answer in zip(asked, self._answer(asked), strict=True)
         ]
+        value = self._metric(samples) if self._metric is not None else None
+        return samples[: self._shown], value
 
     def reproduction(self) -> Reproduction:
-        """How many training and held-out answers come out verbatim, of each the first 128 tokens."""
+        """How many training and held-out answers come out verbatim, of each what `_longest` leaves."""
         counts = []
         for asked in (self._train, self._held_out):
             right = [
@@ -113,12 +131,21 @@ class Answers:
             settings=self._model.settings,
             adapters=self._model.adapters(),
             stop_ids=self._model.tokenizer.stop_ids,
-            batch_size=_ROWS,
+            batch_size=self._rows,
         )
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        stop_ids = self._model.tokenizer.stop_ids
-        return self._model.tokenizer.decode([token for token in tokens if token not in stop_ids])
+
+def as_sample(question: Question, tokenizer: Tokenizer, answer: Sequence[int] = ()) -> Sample:
+    """A question as text, with the tokens of an answer to it."""
+
+    def text(tokens: Sequence[int]) -> str:
+        return tokenizer.decode([token for token in tokens if token not in tokenizer.stop_ids])
+
+    return {
+        "prompt": _last_turn(tokenizer.decode(question.prompt.tolist())),
+        "expected": text(question.answer.tolist()),
+        "answer": text(answer),
+    }
 
 
 def _last_turn(prompt: str) -> str:

@@ -40,7 +40,12 @@ class TerminalProgress:
         if "compile_seconds" in record:
             self.say(f"compiled the training step in {record['compile_seconds']:.1f} s")
         elif "eval_loss" in record:
-            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+            values = [
+                f"{name.removeprefix('eval_')} {value:.4f}"
+                for name, value in record.items()
+                if name.startswith("eval_") and name != "eval_tokens"
+            ]
+            self.say(f"step {record['step']}: held-out {', '.join(values)}")
         elif "samples" in record:
             for sample in record["samples"]:
                 self.say(f"  {as_line(sample)}")

@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 
 from keras_gemma_ft import checkpoint
 from keras_gemma_ft.advice import Settings, as_lines, before_training
+from keras_gemma_ft.best_metric import LOSSES
 from keras_gemma_ft.config import validate
+from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, write_json
 from keras_gemma_ft.model.flops import floor_flops, peak_flops
@@ -36,6 +38,7 @@ from keras_gemma_ft.train.optimizers import adamw
 from keras_gemma_ft.train.overfitting import Verdict
 from keras_gemma_ft.train.progress import TerminalProgress, duration
 from keras_gemma_ft.train.remat_choice import choose_remat
+from keras_gemma_ft.train.task_metric import TaskMetric
 from keras_gemma_ft.train.tensorboard import TensorBoardScalars
 from keras_gemma_ft.train.trackers import require as require_trackers
 from keras_gemma_ft.train.trackers import trackers
@@ -49,7 +52,7 @@ class Result:
         workdir: The run directory.
         step: Updates made.
         losses: Held-out loss by step, of this process.
-        best: The checkpoint with the lowest held-out loss.
+        best: The best checkpoint by `train.best_metric`.
         signal: Of a request to stop that came too late to leave anything undone.
     """
 
@@ -87,6 +90,7 @@ def main(
     with directory.nothing_half_written(place):
         # -------------------------------------------------------------- data
         examples = prepare_examples(config, data or place / "data", print)
+        metric = TaskMetric.from_config(config, examples.held_out, Tokenizer.from_preset(config.preset))
 
         # -------------------------------------------------------------- model
         from keras_gemma_ft.model.from_config import build_model
@@ -95,7 +99,9 @@ def main(
 
     # ------------------------------------------------------------------ steps, fit, result
     count = config.train.answers
-    answers = Answers(model, examples.train, examples.held_out, count=count) if count else None
+    answers = None
+    if count:
+        answers = Answers(model, examples.train, examples.held_out, count=count, metric=metric)
     return fit(model, examples, config, place, resume=resume, answers=answers)
 
 
@@ -121,13 +127,19 @@ def fit(
         config: As `validate` accepts it.
         workdir: The run directory; made if need be.
         resume: Go on after the last checkpoint.
-        answers: Asked for samples at each held-out measurement, and what is known by heart when the held-out
-            loss has stopped falling.
+        answers: Asked for samples at each held-out measurement, with their score where `train.best_metric` is
+            a metric of answers, and what is known by heart when the held-out loss has stopped falling.
         callbacks: More of them, called after those of the run.
     """
     place = Path(workdir)
     train = config.train
     began = time.monotonic()
+    if train.best_metric not in LOSSES and answers is None:
+        raise UserError(
+            f"{train.best_metric!r} is measured on answers, and none are given",
+            where="train.best_metric",
+            remedy=f"give fit() answers, or choose {' or '.join(LOSSES)}.",
+        )
 
     # ------------------------------------------------------------------ steps and schedule
     batches = Batches(
@@ -161,17 +173,22 @@ def fit(
     write_json(place / "manifest.json", manifest)
 
     # ------------------------------------------------------------------ fit
-    with checkpoint.Checkpoints(checkpoints_dir) as checkpoints, StopOnSignal(progress.say) as stop:
+    with (
+        checkpoint.Checkpoints(checkpoints_dir, train.best_metric) as checkpoints,
+        StopOnSignal(progress.say) as stop,
+    ):
 
-        def save(step: int, loss: float | None) -> None:
+        def save(step: int, loss: float | None, value: float | None) -> None:
             if step > 0:
                 epoch, batch = divmod(step, batches.steps_per_epoch)
                 position = {"step": step, "epoch": epoch, "batch": batch, "seed": config.seed}
-                checkpoints.save(model, step, eval_loss=loss, position=position)
+                checkpoints.save(model, step, eval_loss=loss, value=value, position=position)
 
-        def restore_best(step: int) -> None:
+        def restore_best() -> None:
             checkpoints.wait()
-            checkpoint.restore(model, checkpoints_dir, step)
+            if checkpoints.last_step is not None:
+                saved = checkpoint.restore(model, checkpoints_dir, "best")
+                progress.say(f"the weights of step {saved.step} are back: {_describe(saved)}")
 
         writers: list[Writer] = [
             progress,
@@ -199,7 +216,8 @@ def fit(
             last_step=total,
             measurements=measurements,
             answers=answers,
-            listeners=(save, lambda step, loss: detector.record_held_out(loss, step)),
+            metric=train.best_metric,
+            listeners=(save, lambda step, loss, value: detector.record_held_out(loss, step)),
         )
 
         def record_audit(audit: Audit) -> None:
@@ -217,7 +235,7 @@ def fit(
             step = int(optimizer.iterations)
             if checkpoints.last_step != step:
                 if stop.received:
-                    save(step, None)
+                    save(step, None, None)
                 else:
                     validation.measure(step)
         except UserError:
@@ -240,6 +258,8 @@ def fit(
         "held_out_loss": validation.losses.get(step),
         "best_step": best.step,
         "best_held_out_loss": best.eval_loss,
+        "best_metric": best.metric,
+        "best_value": best.value,
     }
     write_json(place / "manifest.json", manifest)
     if stop.received is not None and interrupted:
@@ -260,8 +280,9 @@ def _tokens_at_peak(model: Any, method: str) -> float | None:
 
 
 def _describe(best: checkpoint.Saved) -> str:
-    loss = "not measured" if best.eval_loss is None else f"{best.eval_loss:.4f}"
-    return f"best held-out loss {loss} at step {best.step}"
+    value = "not measured" if best.value is None else f"{best.value:.4f}"
+    loss = "" if best.metric == "loss" or best.eval_loss is None else f", held-out loss {best.eval_loss:.4f}"
+    return f"best held-out {best.metric} {value} at step {best.step}{loss}"
 
 
 def _announce(

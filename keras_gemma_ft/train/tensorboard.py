@@ -6,13 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from keras_gemma_ft.best_metric import NAMES
+
 TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
-    "eval_loss": "held_out/loss",
+    **{f"eval_{name}": f"held_out/{name}" for name in NAMES},
 }
 
 

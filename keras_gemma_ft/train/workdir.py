@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from keras_gemma_ft.best_metric import LOSSES
 from keras_gemma_ft.config import config_from, flatten
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json
@@ -67,8 +68,12 @@ def check_same_config(path: Path, config: Mapping[str, Any]) -> None:
         UserError: Naming the first field that differs and may not.
     """
     before = dict(flatten(config_from(read_json(path / "config.json"))))
-    for name, value in flatten(config):
-        if name not in _MAY_CHANGE and before[name] != value:
+    now = dict(flatten(config))
+    may_change = set(_MAY_CHANGE)
+    if now["train.best_metric"] not in LOSSES:
+        may_change -= {"train.answers", "task.kind"}  # what is measured then follows from them
+    for name, value in now.items():
+        if name not in may_change and before[name] != value:
             raise UserError(
                 f"was {before[name]!r} when the run started and is {value!r} now",
                 where=name,

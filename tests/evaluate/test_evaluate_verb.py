@@ -71,7 +71,7 @@ def test_base_and_tuned_are_compared_on_the_held_out_rows(run, capsys):
     assert [row["base"] for row in rows] != [row["tuned"] for row in rows]
 
     stored = read_json(place / "evaluation.json")
-    assert stored["checkpoint"] == {"step": 7, "held_out_loss": 1.5}
+    assert stored["checkpoint"] == {"step": 7, "held_out_loss": 1.5, "best_by": "loss"}
     assert stored["rows"] == ROWS
     assert stored["forgetting"]["rows"] > 50
     printed = capsys.readouterr().out

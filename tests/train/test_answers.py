@@ -70,7 +70,8 @@ def questions_places(rows, model, count):
 
 def test_samples_are_what_the_model_generates(tmp_path, model, own_answers):
     rows = prepared(tmp_path / "rows", model, ["counter 7"] * len(PROMPTS))
-    samples = Answers(model, rows, rows, count=12, shown=2).samples()
+    samples, score = Answers(model, rows, rows, count=12, shown=2).samples()
+    assert score is None
     assert [sample["prompt"] for sample in samples] == PROMPTS[:2]
     assert {sample["expected"].strip() for sample in samples} == {"counter 7"}
     longest = len(questions(rows, 12)[0].answer)
@@ -87,7 +88,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_not_asked(tmp_path, model
     assert 0 < len(asked) <= 12
     assert {len(question.prompt) for question in asked} == {short}
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_position_embeddings=room - 1))
-    assert Answers(model, rows, rows, count=12).samples() == []
+    assert Answers(model, rows, rows, count=12).samples() == ([], None)
 
 
 def test_a_line_says_what_was_expected_where_that_differs():

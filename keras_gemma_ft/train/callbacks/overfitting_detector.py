@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +33,8 @@ class OverfittingDetector(keras.callbacks.Callback):
             only when the held-out loss has stopped falling, as generation takes time.
         metrics_file: A `metrics.jsonl` to which verdicts are appended. Losses that it holds already, of the
             run that this one resumes, belong to the curves.
-        restore: Brings back the checkpoint of a given step; None: a copy of the trainable variables is kept
-            in memory at each new best, which suits adapters.
+        restore: Brings back the best checkpoint; None: a copy of the trainable variables is kept in memory at
+            each new lowest held-out loss, which suits adapters.
         report: Called with each verdict that differs in kind from the one before.
         batch_losses: Whether `logs["loss"]` of a batch is that batch's own loss, as `GemmaCausalLM` gives it.
             False for an ordinary Keras model, whose log is a running mean: one point an epoch is then taken.
@@ -53,7 +54,7 @@ class OverfittingDetector(keras.callbacks.Callback):
         settings: Settings | None = None,
         probe: Callable[[], Reproduction] | None = None,
         metrics_file: str | Path | None = None,
-        restore: Callable[[int], None] | None = None,
+        restore: Callable[[], None] | None = None,
         report: Callable[[Verdict], None] | None = None,
         batch_losses: bool = True,
         thresholds: Thresholds | None = None,
@@ -77,10 +78,10 @@ class OverfittingDetector(keras.callbacks.Callback):
         self._held_out: list[tuple[int, float]] = []
         self._rates: list[tuple[int, float]] = []
         self._rate_at: Callable[[int], float] | None = None
-        self._best: tuple[float, int] | None = None
+        self._lowest = math.inf
         self._best_weights: dict[str, np.ndarray] | None = None
         self._harmful = 0
-        self._restore_to: int | None = None
+        self._restores = False
 
     # Keras calls these.
 
@@ -116,14 +117,14 @@ class OverfittingDetector(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         self._training = False
-        if self._restore_to is None:
+        if not self._restores:
             return
         if self.restore is not None:
-            self.restore(self._restore_to)
+            self.restore()
         elif self._best_weights is not None:
             for variable in self.model.trainable_variables:
                 variable.assign(self._best_weights[variable.path])
-        self._restore_to = None
+        self._restores = False
 
     # What others call.
 
@@ -131,8 +132,8 @@ class OverfittingDetector(keras.callbacks.Callback):
         """A held-out loss, at the present step if none is given; a verdict follows."""
         step = self._step if step is None else step
         self._held_out.append((step, loss))
-        if self._best is None or loss < self._best[0]:
-            self._best = (loss, step)
+        if loss < self._lowest:
+            self._lowest = loss
             if self.action == "stop_and_restore_best" and self.restore is None:
                 self._best_weights = snapshot(self.model)
         if self.batch_losses:
@@ -170,8 +171,7 @@ class OverfittingDetector(keras.callbacks.Callback):
         if self.action == "report" or self._harmful < needed:
             return
         self.model.stop_training = True
-        if self.action == "stop_and_restore_best" and self._best is not None:
-            self._restore_to = self._best[1]
+        self._restores = self.action == "stop_and_restore_best"
 
     def _read_earlier(self) -> None:
         """Takes over the curves of the run that this one resumes, up to the step at which it starts."""
@@ -188,5 +188,3 @@ class OverfittingDetector(keras.callbacks.Callback):
             ):
                 if record.get(field) is not None:
                     points.append((step, record[field]))
-        if self._held_out and self.restore is not None:  # weights of before the resume are in no memory
-            self._best = min((loss, step) for step, loss in self._held_out)

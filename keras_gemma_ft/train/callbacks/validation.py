@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.train.answers import Answers
@@ -22,8 +23,10 @@ class Validation(keras.callbacks.Callback):
         every: Steps between measurements.
         first_step, last_step: Of the run.
         measurements: Told to settle before, and given the records afterwards: the loss, and samples.
-        answers: Gives samples of what the model answers.
-        listeners: Called with (step, loss) after each measurement, the model's state in its variables.
+        answers: Gives samples of what the model answers, and the metric over its answers if it has one.
+        metric: By which the best checkpoint is chosen: one of `best_metric.NAMES`.
+        listeners: Called with (step, loss, value of the metric) after each measurement, the model's state in
+            its variables.
     """
 
     def __init__(
@@ -35,7 +38,8 @@ class Validation(keras.callbacks.Callback):
         last_step: int,
         measurements: Measurements,
         answers: Answers | None = None,
-        listeners: tuple[Callable[[int, float], None], ...] = (),
+        metric: str = "loss",
+        listeners: tuple[Callable[[int, float, float], None], ...] = (),
     ) -> None:
         super().__init__()
         self._held_out = held_out
@@ -44,6 +48,7 @@ class Validation(keras.callbacks.Callback):
         self._last_step = last_step
         self._measurements = measurements
         self._answers = answers
+        self._metric = metric
         self._listeners = listeners
         self.losses: dict[int, float] = {}
 
@@ -62,12 +67,23 @@ class Validation(keras.callbacks.Callback):
         self.model.jax_state_sync()
         loss, tokens = held_out_loss(self.model, self._held_out)
         self.losses[step] = loss
-        self._measurements.write({"step": step, "eval_loss": loss, "eval_tokens": tokens})
-        if self._answers is not None:
-            self._measurements.write({"step": step, "samples": self._answers.samples()})
+        samples, score = self._answers.samples() if self._answers is not None else ([], None)
+        value = self._value(loss, score)
+        record = {"step": step, "eval_loss": loss, "eval_tokens": tokens}
+        self._measurements.write({**record, f"eval_{self._metric}": value})
+        if samples:
+            self._measurements.write({"step": step, "samples": samples})
         for listen in self._listeners:
-            listen(step, loss)
+            listen(step, loss, value)
         return loss
+
+    def _value(self, loss: float, score: float | None) -> float:
+        if self._metric == "loss":
+            return loss
+        if self._metric == "perplexity":
+            return float(np.exp(loss))
+        assert score is not None, "`fit` has made sure that there are answers"
+        return score
 
 
 def held_out_loss(model: keras.Model, held_out: Batches) -> tuple[float, int]:
