@@ -102,6 +102,15 @@ def _define_evaluate(values: flags.FlagValues) -> None:
     )
 
 
+def _define_report(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool(
+        "quote_rows", True, "whether it may show rows, labels and directories", flag_values=values
+    )
+    flags.DEFINE_string(
+        "out", None, "the page, with a .md beside it; default: report.html in the run", flag_values=values
+    )
+
+
 def _define_human(values: flags.FlagValues) -> None:
     flags.DEFINE_list("collect", [], "results that judges saved, with commas between", flag_values=values)
     flags.DEFINE_integer("rows", 50, "answers to judge at most", flag_values=values)
@@ -171,6 +180,14 @@ VERBS: dict[str, Verb] = {
             config, given.workdir, _options("evaluate.run", given)
         ),
         _define_evaluate,
+    ),
+    "report": Verb(
+        "write the report of a run again, or one without texts of its rows, to share",
+        "--workdir=runs/first [--quote_rows=False --out=first.html]",
+        lambda config, given: _function("evaluate.report")(
+            config, given.workdir, quote_rows=given.quote_rows, out=given.out
+        ),
+        _define_report,
     ),
     "evaluate human": Verb(
         "write a sheet on which people judge the answers blindly, or score what they saved",

@@ -12,35 +12,76 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_gemma_ft.advice import Settings, as_lines
+from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate import plots
+from keras_gemma_ft.evaluate.next_steps import after_training
 from keras_gemma_ft.evaluate.run_record import PARTS, RunRecord, read_run
 from keras_gemma_ft.evaluate.statistics import Comparison, Interval
 from keras_gemma_ft.evaluate.table import judged, shown, shown_change, shown_interval, shown_p
+from keras_gemma_ft.evaluate.without_rows import without_rows
 from keras_gemma_ft.json_files import finite, write_json, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from ml_collections import ConfigDict
 
 _WORST_SHOWN = 12
 _LONGEST_TEXT = 1200
 _ALIKE = 0.4
 
 
-def write_report(directory: str | Path, *, advice: Sequence[str] = (), title: str | None = None) -> Path:
-    """Writes the report of a run into its directory.
+def main(config: ConfigDict, workdir: str | Path, *, quote_rows: bool = True, out: str | None = None) -> Path:
+    """The verb `report`: writes the report of a run again, or one to be shared.
+
+    Raises:
+        UserError: As `write_report` does, or `out` is no name for a page.
+    """
+    if out is not None and Path(out).suffix != ".html":
+        raise UserError("is no name for a page", where=f"--out={out}", remedy="end it in .html.")
+    place = Path(workdir).expanduser()
+    run = read_run(place) if quote_rows else without_rows(read_run(place))
+    path = None if out is None else Path(out).expanduser()
+    page = write_report(place, advice=next_steps(config, run), quote_rows=quote_rows, out=path)
+    print(f"{page}\n{page.with_suffix('.md')}")
+    return page
+
+
+def next_steps(config: ConfigDict, run: RunRecord) -> list[str]:
+    """What to try next, one line each, from the last verdict and the evaluation of a run."""
+    counts = (run.manifest.get("data") or {}).get("counts") or {}
+    settings = Settings.from_config(config, rows=(counts.get("train") or {}).get("examples"))
+    verdict = run.verdicts[-1] if run.verdicts else None
+    return as_lines(after_training(settings, verdict=verdict, evaluation=run.evaluation))
+
+
+def write_report(
+    directory: str | Path,
+    *,
+    advice: Sequence[str] = (),
+    title: str | None = None,
+    quote_rows: bool = True,
+    out: Path | None = None,
+) -> Path:
+    """Writes the report of a run.
 
     Args:
         directory: A run directory; whatever of its files exists is reported, the rest is named as missing.
         advice: What to try next, one line each.
         title: Default: the directory's name.
+        quote_rows: Whether it may hold texts of rows, labels and directories; see `without_rows`.
+        out: The page, beside which the same goes as Markdown; None: `report.html` in the directory, and its
+            numbers in `metrics.json` too.
 
     Returns:
-        The path of `report.html`.
+        The path of the page.
 
     Raises:
         UserError: The directory holds no run, a file of it cannot be read, or the report cannot be written.
     """
     run = read_run(directory)
+    if not quote_rows:
+        run = without_rows(run)
     numbers = summarize(run)
     shared = {
         "title": title or run.directory.resolve().name,
@@ -48,6 +89,8 @@ def write_report(directory: str | Path, *, advice: Sequence[str] = (), title: st
         "comparisons": comparison_rows(numbers.get("metrics", [])),
         "forgetting": numbers.get("forgetting"),
         "forgetting_rows": comparison_rows((numbers.get("forgetting") or {}).get("metrics", [])),
+        "quote_rows": quote_rows,
+        "worst_places": (run.evaluation.get("worst_places") or [])[:_WORST_SHOWN],
         "worst": [worst_example(row) for row in (run.evaluation.get("worst") or [])[:_WORST_SHOWN]],
         "details": (run.evaluation.get("details") or {}).get("tuned") or {},
         "facts": {name: _flat(run.manifest.get(name) or {}) for name in ("data", "environment", "cost")},
@@ -59,10 +102,11 @@ def write_report(directory: str | Path, *, advice: Sequence[str] = (), title: st
     }
     html = template("report.html.jinja").render(figures=figures(run), **shared)
     markdown = template("report.md.jinja", escape=False).render(**shared)
-    path = run.directory / "report.html"
+    path = out or run.directory / "report.html"
     write_text(path, html)
-    write_text(run.directory / "report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")
-    write_json(run.directory / "metrics.json", {**numbers, "advice": list(advice)})
+    write_text(path.with_suffix(".md"), re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")
+    if out is None:
+        write_json(run.directory / "metrics.json", {**numbers, "advice": list(advice)})
     return path
 
 

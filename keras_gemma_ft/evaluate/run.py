@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from keras_gemma_ft import checkpoint
-from keras_gemma_ft.advice import Settings, as_lines
 from keras_gemma_ft.data.encoding import ScriptEncoder
 from keras_gemma_ft.data.from_config import variant_of
 from keras_gemma_ft.data.readers import conversations, read
@@ -25,9 +24,8 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate.compare import Evaluation, evaluate_models
 from keras_gemma_ft.evaluate.forgetting import forgetting_check, general_conversations
 from keras_gemma_ft.evaluate.model_view import ModelView
-from keras_gemma_ft.evaluate.next_steps import after_training
-from keras_gemma_ft.evaluate.report import write_report
-from keras_gemma_ft.evaluate.run_record import RunRecord, read_run
+from keras_gemma_ft.evaluate.report import next_steps, write_report
+from keras_gemma_ft.evaluate.run_record import read_run
 from keras_gemma_ft.evaluate.table import comparison_table
 from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 from keras_gemma_ft.model.from_config import build_base
@@ -108,20 +106,13 @@ def main(config: ConfigDict, workdir: str | Path, options: Options = Options()) 
     if "forgetting" in more:
         console.print(f"forgetting: {more['forgetting']['verdict']}: {more['forgetting']['reason']}")
     evaluation.save(place, **more)
-    advice = _next_steps(config, read_run(place))
+    advice = next_steps(config, read_run(place))
     for line in advice:
         console.print(f"next: {line}")
     report = write_report(place, advice=advice)
     for path in (place / "evaluation.json", place / "predictions.jsonl", report):
         console.print(str(path), soft_wrap=True)
     return evaluation
-
-
-def _next_steps(config: ConfigDict, run: RunRecord) -> list[str]:
-    counts = (run.manifest.get("data") or {}).get("counts") or {}
-    settings = Settings.from_config(config, rows=(counts.get("train") or {}).get("examples"))
-    verdict = run.verdicts[-1] if run.verdicts else None
-    return as_lines(after_training(settings, verdict=verdict, evaluation=run.evaluation))
 
 
 def _view(

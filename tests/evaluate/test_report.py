@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from keras_gemma_ft import cli
+from keras_gemma_ft.config import config_from
 from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate import evaluate_models
@@ -287,3 +289,104 @@ def test_every_kind_of_task_has_its_report(tmp_path, kind, with_base):
         "instructions": "Constraints kept",
     }
     assert expected.get(kind, "held-out loss") in text
+
+
+# Words that occur in no report by themselves.
+QUOTED = {
+    "classification": ("quokka_{odd}", ["quokka_{odd}", "wombat_{odd}", "wombat numbat"]),
+    "extraction": ('{{"time": "quokka {n}"}}', ['{{"time": "wombat {n}"}}', "wombat numbat"]),
+    "numeric": ("quokka is\n#### 42", ["wombat\n#### 41", "wombat numbat"]),
+    "generation": ("The quokka {n} sat on the mat.", ["A wombat {n} sat there.", "wombat"]),
+    "instructions": ("quokka", ["wombat", "wombat numbat bilby"]),
+}
+
+
+@pytest.fixture(params=QUOTED)
+def private(request, tmp_path):
+    """A run whose rows, and directories, are nobody else's business; and all texts of it."""
+    expected, given = QUOTED[request.param]
+    rows = [
+        Conversation(
+            [
+                {"role": "user", "content": f"potoroo {n} " * (n % 7 + 1)},
+                {
+                    "role": "model",
+                    "content": expected.format(n=n, odd=n % 2),
+                    "constraints": {"max_words": 1},
+                },
+            ],
+            f"/home/ann/private rows/held out.jsonl:{n + 1}",
+        )
+        for n in range(24)
+    ]
+
+    class Answers(Fake):
+        def generate(self, prompts, max_new_tokens):
+            return [given[n % len(given)].format(n=n, odd=1 - n % 2) for n in range(len(prompts))]
+
+    place = tmp_path / "kiwi" / "cards"
+    place.mkdir(parents=True)
+    evaluation = evaluate_models(Answers(0, 0.5), rows, base=Answers(0, 1.0), task=request.param)
+    forgetting = {
+        "verdict": "none",
+        "reason": "no change",
+        "source": "/home/ann/general.jsonl",
+        "rows": 3,
+        "metrics": [],
+    }
+    evaluation.save(place, forgetting=forgetting)
+    sample = {"prompt": "dunnart", "expected": "bandicoot", "answer": "bettong"}
+    records = [{"step": 0, "eval_loss": 2.0}, {"step": 5, "eval_loss": 1.0}, {"step": 5, "samples": [sample]}]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    train, held_out = "/home/ann/private rows/train.jsonl", "/home/ann/private rows/held out.jsonl"
+    config = config_from({"data": {"train": f"{train},hf:org/name", "eval": held_out}})
+    (place / "config.json").write_text(json.dumps(config.to_dict()))
+    files = {train: "0123", held_out: "4567"}
+    environment = {"jax": "1", "platform": "Linux-6.1-anns-build-x86_64"}
+    (place / "manifest.json").write_text(json.dumps({"data": {"files": files}, "environment": environment}))
+    texts = ["potoroo", "quokka", "wombat", "dunnart", "bandicoot", "bettong", "/home/ann", "anns-build"]
+    return place, texts
+
+
+def test_a_report_to_share_holds_no_text_of_a_row_and_no_directory(private, tmp_path, capsys):
+    place, texts = private
+    write_report(place)
+    ordinary = {name: (place / f"report.{name}").read_text() for name in ("html", "md")}
+    assert (
+        cli.main(["report", f"--workdir={place}", "--quote_rows=False", f"--out={tmp_path / 'x.html'}"]) == 0
+    )
+    shared = {name: (tmp_path / f"x.{name}").read_text() for name in ("html", "md")}
+    for name, report in shared.items():
+        for text in texts:
+            assert text in ordinary[name], text
+            assert text not in report, text
+        assert str(tmp_path) not in report
+        assert "held out.jsonl:1" in report  # the worst rows by their place
+        assert "train.jsonl,hf:org/name" in report
+        assert "Quotes no rows" in report
+        assert "Quotes no rows" not in ordinary[name]
+        assert all(f"{metric['tuned']['value']:.3f}" in report for metric in losses(place))
+    Page(shared["html"])
+    # The run has what it had.
+    assert {name: (place / f"report.{name}").read_text() for name in ordinary} == ordinary
+
+
+def losses(place):
+    return json.loads((place / "evaluation.json").read_text())["metrics"][:1]
+
+
+def test_a_report_to_share_replaces_the_runs_own_where_it_is_not_put_elsewhere(run, tmp_path):
+    for path in run.iterdir():
+        if path.suffix in (".json", ".jsonl"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_report(tmp_path, quote_rows=False)
+    for name in ("report.html", "report.md", "metrics.json"):
+        assert "where is it" not in (tmp_path / name).read_text()
+    page = Page((tmp_path / "report.html").read_text())
+    assert "class 1" in page.text  # and not "a"
+    assert json.loads((tmp_path / "metrics.json").read_text())["rows"] == 60
+
+
+def test_a_report_is_a_page(private, capsys):
+    assert cli.main(["report", f"--workdir={private[0]}", "--out=report.pdf"]) == 2
+    assert "--out=report.pdf: is no name for a page\n  end it in .html" in capsys.readouterr().err

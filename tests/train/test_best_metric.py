@@ -101,7 +101,7 @@ def test_perplexity_is_the_losss_exponential(tmp_path):
 
 
 def test_of_equal_values_the_lower_loss_is_better_and_no_number_is_worst():
-    measured = [("a", 0.5, 1.0), ("b", 0.5, 0.9), ("c", 0.25, 0.1), ("d", math.nan, 0.1)]
+    measured = [("b", 0.5, 0.9), ("a", 0.5, 1.0), ("c", 0.25, 0.1), ("d", math.nan, 0.1)]
     assert [name for name, *at in sorted(measured, key=lambda m: rank("accuracy", *m[1:]))] == list("dcab")
     losses = [("a", 0.5), ("b", 0.4), ("c", math.nan)]
     assert [name for name, loss in sorted(losses, key=lambda m: rank("loss", m[1], m[1]))] == list("cab")
