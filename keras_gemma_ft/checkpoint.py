@@ -12,7 +12,10 @@ beside and renames it when it is whole, so a run killed while saving leaves the 
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +75,9 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
+        self._directory = Path(directory).absolute()
         self._writer = orbax.training.Checkpointer(
-            Path(directory).absolute(),
+            self._directory,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
             cleanup_tmp_directories=True,
         )
@@ -109,6 +113,9 @@ class Checkpoints:
             eval_loss: Held out, at that step; without it the checkpoint cannot be the best.
             value: Of the metric by which the best is chosen, if that is not the loss.
             position: See `Saved`.
+
+        Raises:
+            OSError: There is no room for it, or the one before could not be written.
         """
         self.wait()
         measured = {"loss": eval_loss} if self._metric == "loss" else {"loss": eval_loss, self._metric: value}
@@ -121,6 +128,8 @@ class Checkpoints:
             }
             for part, items in _state(model).items()
         }
+        if not many:
+            _require_room(self._directory, state)
         self._pending = self._writer.save_checkpointables_async(
             step,
             {part: values for part, values in state.items() if values},
@@ -145,9 +154,14 @@ class Checkpoints:
         Raises:
             OSError: It could not be written.
         """
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except ValueError as error:  # so TensorStore puts it
+                if "No space left" not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory)) from error
 
     def close(self) -> None:
         """Waits for the latest save and releases Orbax's threads."""
@@ -314,6 +328,13 @@ def _require_fit(
             where=where,
             remedy="use the preset, method and lora.* of the run (its config.json).",
         )
+
+
+def _require_room(directory: Path, state: Mapping[str, Any]) -> None:
+    """Says so at once where there is none; Orbax would in its threads, and to us when we save again."""
+    size = sum(value.nbytes for part in state.values() for value in part.values())
+    if shutil.disk_usage(directory).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def _abstract(variable: keras.Variable) -> jax.ShapeDtypeStruct:

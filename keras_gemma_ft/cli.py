@@ -10,7 +10,6 @@ import difflib
 import importlib
 import os
 import re
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,10 +20,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from keras_gemma_ft import compilation
+from keras_gemma_ft import compilation, stopping
 from keras_gemma_ft.backend import require_jax
 from keras_gemma_ft.config import describe, known, validate, wrong_type
-from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.errors import UserError, is_full
 
 PROGRAM = "keras-gemma-ft"
 _HELP = ("--help", "-h", "--helpshort", "--helpfull")
@@ -226,6 +225,7 @@ def run() -> None:
     # Before anything reads it. Only what goes wrong is worth a line from TensorFlow's runtime.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     compilation.prepare()
+    stopping.never_lose_interrupts()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -258,11 +258,19 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        remedy = f" {PROGRAM} train --workdir=… --resume goes on after the last checkpoint."
-        print(str(stop) or f"\nStopped at once.{remedy if verb == 'train' else ''}", file=sys.stderr)
-        if verb == "sweep":
-            print(f"Go on with: {shlex.join([PROGRAM, *arguments])}", file=sys.stderr)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        command = stopping.go_on(PROGRAM, verb, arguments)
+        print(f"{PROGRAM}: {stopping.disk_full(error, command, arguments)}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, ImportError) as stop:
+        if not stopping.is_interrupt(stop):
+            raise
+        in_order = hasattr(stop, "signal")
+        print(str(stop) if in_order else "\nStopped at once.", file=sys.stderr)
+        if verb == "sweep" or (verb == "train" and not in_order):
+            print(f"Go on with: {stopping.go_on(PROGRAM, verb, arguments)}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     return 0
 

@@ -1,5 +1,7 @@
 """The one error that a user's mistake raises: what was wrong, where, and what to do about it."""
 
+import errno
+
 
 class UserError(Exception):
     """A fault in what the user gave: configuration, data, preset, device or path.
@@ -18,3 +20,8 @@ class UserError(Exception):
         self.remedy = remedy
         located = f"{where}: {what}" if where else what
         super().__init__(f"{located}\n  {remedy}" if remedy else located)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether something could not be written because the disk is full, or the user's share of it."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.errors import UserError, is_full
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -17,6 +18,7 @@ def write_text(path: str | Path, text: str) -> None:
 
     Raises:
         UserError: It cannot be written.
+        OSError: The disk is full; see `errors.is_full`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -25,6 +27,10 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if is_full(error):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise UserError(
             f"cannot write there: {error.strerror}",
             where=str(path),

@@ -1,9 +1,11 @@
 """Checkpoints: what is in them, which are kept, and that a broken one is never the latest."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -94,6 +96,28 @@ def test_no_checkpoint_is_an_error_with_a_remedy(tmp_path):
     assert checkpoint.find(tmp_path / "none") is None
     with pytest.raises(UserError, match="holds no checkpoint\n  train first"):
         checkpoint.restore(model(steps=0), tmp_path)
+
+
+def test_without_room_it_says_so_at_once(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model(), 1)
+        checkpoints.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+            with pytest.raises(OSError, match="No space left") as caught:
+                checkpoints.save(model(), 2)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_room_that_ends_while_it_is_written_is_the_same_error(tmp_path):
+    def result():
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 25 bytes to file 7: No space left on device")
+
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints._pending = SimpleNamespace(result=result)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.wait()
 
 
 KILLED = """

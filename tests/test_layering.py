@@ -32,6 +32,7 @@ LAYERS = (
         "json_files",
         "presets",
         "recipes",
+        "stopping",
     ),
 )
 HEIGHT = {room: -height for height, rooms in enumerate(LAYERS) for room in rooms}

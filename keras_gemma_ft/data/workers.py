@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -73,7 +75,8 @@ class ChunkedWork:
         pending: deque[Future[Result]] = deque()
         try:
             for number, chunk in enumerate(self._chunks):
-                pending.append(pool.submit(_work, chunk, number))
+                with _interrupts_held():  # it starts a process where none is idle
+                    pending.append(pool.submit(_work, chunk, number))
                 # One chunk waits for each worker: none idles, and memory stays bounded.
                 if len(pending) > 2 * self._workers:
                     yield pending.popleft().result()
@@ -86,6 +89,16 @@ class ChunkedWork:
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started within never see Ctrl-C, which a terminal sends to all: this one stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: Work[Any] | None = None

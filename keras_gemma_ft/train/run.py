@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -238,8 +239,9 @@ def fit(
                     save(step, None, None)
                 else:
                     validation.measure(step)
-        except UserError:
-            write_json(place / "manifest.json", {**manifest, "status": "failed"})
+        except (UserError, OSError):
+            with contextlib.suppress(OSError):  # the disk is full
+                write_json(place / "manifest.json", {**manifest, "status": "failed"})
             raise
         finally:
             for writer in writers:

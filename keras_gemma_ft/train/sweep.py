@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keras_gemma_ft.config import flatten
-from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.errors import UserError, is_full
 from keras_gemma_ft.json_files import finite, read_json, read_lines, write_json, write_lines, write_text
 
 if TYPE_CHECKING:
@@ -185,6 +185,8 @@ def _run_one(
     try:
         value = run(changed, directory / workdir)
     except Exception as failure:  # one point that does not fit in memory must not end the others
+        if is_full(failure):
+            raise
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
     if error is None and (value is None or not math.isfinite(value)):
         value, error = None, f"the metric is {value}"

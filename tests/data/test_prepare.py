@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.data.shards import Recipe, ShardMaker
 from keras_gemma_ft.data.template import Template, encode
 from keras_gemma_ft.data.tokenizer import Tokenizer
+from keras_gemma_ft.data.workers import ChunkedWork
 from keras_gemma_ft.errors import UserError
 
 RECIPE = Recipe(max_length=128)
@@ -227,6 +229,24 @@ def test_streams_in_chunks_that_no_number_of_workers_changes(tmp_path, tokenizer
     assert len(first.manifest["shards"]) == len(unread_at_first_shard) > 5
     prepare(conversations, tmp_path / "two", tokenizer, RECIPE, SOURCES, workers=2)
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+def held_signals():
+    return _held_signals
+
+
+def _held_signals(chunk, number):
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_workers_do_not_see_ctrl_c_which_a_terminal_sends_to_all(conversations, monkeypatch):
+    monkeypatch.setattr(workers, "_CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(workers, "_CHUNK_ROWS", 0)
+    work = ChunkedWork(conversations, 128, workers=2)
+    held = list(work.results(held_signals))
+    assert len(held) > 2
+    assert all(signal.SIGINT in signals for signals in held)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_scripts_without_a_guard_are_told(tmp_path, vocabulary_file):

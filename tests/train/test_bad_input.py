@@ -53,6 +53,24 @@ CASES = {
         ["--config.train.epoch=2"],
         ["epoch", "train.epochs"],
     ),
+    "answers below 0": (
+        "train.jsonl",
+        lines(*right()),
+        ["--config.train.answers=-1"],
+        ["train.answers", "-1", "0 or more"],
+    ),
+    "misspelt choice": (
+        "train.jsonl",
+        lines(*right()),
+        ["--config.train.remat=atuo"],
+        ["train.remat", "atuo", "did you mean auto?"],
+    ),
+    "misspelt tracker": (
+        "train.jsonl",
+        lines(*right()),
+        ["--config.train.trackers=wanbd"],
+        ["train.trackers", "wanbd", "did you mean wandb?"],
+    ),
     "rank of 0": ("train.jsonl", lines(*right()), ["--config.lora.rank=0"], ["lora.rank", "0"]),
     "no place to write": ("train.jsonl", lines(*right()), ["--workdir=/proc/runs"], ["/proc/runs"]),
 }
