@@ -18,7 +18,6 @@ from keras_gemma_ft import checkpoint
 from keras_gemma_ft.advice import Settings, as_lines, before_training
 from keras_gemma_ft.best_metric import LOSSES
 from keras_gemma_ft.config import validate
-from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, write_json
 from keras_gemma_ft.model.flops import floor_flops, peak_flops
@@ -91,7 +90,7 @@ def main(
     with directory.nothing_half_written(place):
         # -------------------------------------------------------------- data
         examples = prepare_examples(config, data or place / "data", print)
-        metric = TaskMetric.from_config(config, examples.held_out, Tokenizer.from_preset(config.preset))
+        metric = TaskMetric.from_config(config, examples.held_out)
 
         # -------------------------------------------------------------- model
         from keras_gemma_ft.model.from_config import build_model

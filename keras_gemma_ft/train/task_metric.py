@@ -46,9 +46,7 @@ class TaskMetric:
             )
 
     @classmethod
-    def from_config(
-        cls, config: ConfigDict, held_out: PackedDataset, tokenizer: Tokenizer
-    ) -> TaskMetric | None:
+    def from_config(cls, config: ConfigDict, held_out: PackedDataset) -> TaskMetric | None:
         """The metric that a config names; None where it is one of the losses.
 
         Raises:
@@ -57,7 +55,7 @@ class TaskMetric:
         name = config.train.best_metric
         if name in LOSSES:
             return None
-        asked = questions(held_out, _ROWS_READ)
+        asked, tokenizer = questions(held_out, _ROWS_READ), Tokenizer.from_preset(config.preset)
         return cls(name, config.task.kind, [as_sample(question, tokenizer) for question in asked])
 
     def __call__(self, samples: Sequence[Mapping[str, str]]) -> float:

@@ -8,6 +8,7 @@ from keras_gemma_ft.data.prepare import prepare
 from keras_gemma_ft.data.rows import Conversation
 from keras_gemma_ft.data.shards import Recipe
 from keras_gemma_ft.data.template import Template
+from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 from keras_gemma_ft.train.answers import Answers, as_line, questions
 
@@ -95,3 +96,33 @@ def test_a_line_says_what_was_expected_where_that_differs():
     sample = {"prompt": "x" * 60, "expected": "card arrival\n", "answer": "card  arrival"}
     assert as_line(sample) == f"'… {'x' * 50}' → 'card arrival'"
     assert as_line({**sample, "answer": "no"}).endswith("→ 'no'  (expected 'card arrival')")
+
+
+def test_with_a_metric_all_held_out_answers_are_scored_whole(tmp_path, model, own_answers):
+    """Half of what is expected is what the model answers, and some of that has more than the usual length."""
+    expected = [answer if place % 2 else "counter 7" for place, answer in enumerate(own_answers)]
+    rows = prepared(tmp_path / "rows", model, expected)
+    seen = []
+
+    def share_right(samples):
+        seen.extend(samples)
+        return sum(sample["answer"].strip() == sample["expected"].strip() for sample in samples) / len(
+            samples
+        )
+
+    answers = Answers(model, rows, rows, count=12, shown=2, metric=share_right)
+    samples, score = answers.samples()
+    assert len(samples) == 2
+    assert [sample["prompt"] for sample in seen] == PROMPTS
+    whole = sum(
+        model.generate(PROMPTS[place], 2 * LONGEST).strip() == expected[place].strip() for place in range(12)
+    )
+    assert score == whole / 12
+    assert 0 < score < 1
+
+
+def test_a_metric_without_anything_to_score_is_refused(tmp_path, model, monkeypatch):
+    rows = prepared(tmp_path / "rows", model, ["counter 7"] * len(PROMPTS))
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_position_embeddings=8))
+    with pytest.raises(UserError, match="no held-out prompt leaves room for an answer of"):
+        Answers(model, rows, rows, count=12, metric=lambda samples: 0.0)
