@@ -33,3 +33,13 @@ def require_jax() -> None:
         else "set the environment variable KERAS_BACKEND to jax, or unset it."
     )
     raise UserError(f"keras_gemma_ft needs Keras on JAX, not on {actual}", where=VARIABLE, remedy=remedy)
+
+
+def is_first_process() -> bool:
+    """Of the processes of a run on several hosts: whether it writes what the run has once.
+
+    That is everything but checkpoints, of which each process writes its part.
+    """
+    import jax
+
+    return jax.process_index() == 0

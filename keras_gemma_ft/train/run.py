@@ -14,12 +14,12 @@ import jax
 import keras
 from ml_collections import ConfigDict
 
-from keras_gemma_ft import checkpoint
+from keras_gemma_ft import backend, checkpoint
 from keras_gemma_ft.advice import Settings, as_lines, before_training
 from keras_gemma_ft.best_metric import LOSSES
 from keras_gemma_ft.config import validate
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.json_files import read_json, write_json
+from keras_gemma_ft.json_files import read_json
 from keras_gemma_ft.model.flops import floor_flops, peak_flops
 from keras_gemma_ft.model.lora import weight_name
 from keras_gemma_ft.train import workdir as directory
@@ -169,8 +169,8 @@ def fit(
     if train.remat == "auto" and len(batches):
         progress.say(str(choose_remat(model, batches[0], method=config.method)))
     manifest = _manifest(place, examples, resume)
-    write_json(place / "config.json", config.to_dict())
-    write_json(place / "manifest.json", manifest)
+    directory.record(place / "config.json", config.to_dict())
+    directory.record(place / "manifest.json", manifest)
 
     # ------------------------------------------------------------------ fit
     with (
@@ -190,12 +190,13 @@ def fit(
                 saved = checkpoint.restore(model, checkpoints_dir, "best")
                 progress.say(f"the weights of step {saved.step} are back: {_describe(saved)}")
 
-        writers: list[Writer] = [
-            progress,
-            MetricsFile(place / "metrics.jsonl"),
-            TensorBoardScalars(place / "tensorboard"),
-            *trackers(config, place, progress.say),
-        ]
+        writers: list[Writer] = [progress]
+        if backend.is_first_process():
+            writers += [
+                MetricsFile(place / "metrics.jsonl"),
+                TensorBoardScalars(place / "tensorboard"),
+                *trackers(config, place, progress.say),
+            ]
         measurements = Measurements(
             batches, writers, optimizer.learning_rate_at, _tokens_at_peak(model, config.method)
         )
@@ -240,7 +241,7 @@ def fit(
                     validation.measure(step)
         except (UserError, OSError):
             with contextlib.suppress(OSError):  # the disk is full
-                write_json(place / "manifest.json", {**manifest, "status": "failed"})
+                directory.record(place / "manifest.json", {**manifest, "status": "failed"})
             raise
         finally:
             for writer in writers:
@@ -262,7 +263,7 @@ def fit(
         "best_metric": best.metric,
         "best_value": best.value,
     }
-    write_json(place / "manifest.json", manifest)
+    directory.record(place / "manifest.json", manifest)
     if stop.received is not None and interrupted:
         raise Interrupted(
             f"Stopped after step {step} of {total}; the run is saved.\n"

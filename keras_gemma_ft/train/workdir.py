@@ -14,13 +14,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from keras_gemma_ft import backend
 from keras_gemma_ft.best_metric import LOSSES
 from keras_gemma_ft.config import config_from, flatten
 from keras_gemma_ft.errors import UserError
-from keras_gemma_ft.json_files import read_json
+from keras_gemma_ft.json_files import read_json, write_json
 
-# What a resumed run may change: nothing that the batches, the schedule or the weights depend on.
-_MAY_CHANGE = ("train.answers", "train.eval_every", "train.on_overfitting", "train.trackers", "task.kind")
+# What a resumed run may change: nothing that the batches, the schedule or the weights depend on. (train.remat
+# computes the same numbers again instead of keeping them.)
+_MAY_CHANGE = (
+    "train.answers",
+    "train.eval_every",
+    "train.on_overfitting",
+    "train.remat",
+    "train.trackers",
+    "task.kind",
+)
 
 
 def check(workdir: str | Path, *, resume: bool) -> Path:
@@ -100,6 +109,12 @@ def environment() -> dict[str, Any]:
         "devices": len(devices),
         "processes": jax.process_count(),
     }
+
+
+def record(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes config.json or manifest.json; of several processes the first one does."""
+    if backend.is_first_process():
+        write_json(path, value)
 
 
 @contextmanager

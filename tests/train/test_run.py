@@ -14,7 +14,7 @@ import pytest
 import toy_model
 import toy_run
 
-from keras_gemma_ft import checkpoint
+from keras_gemma_ft import backend, checkpoint
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.evaluate.run_record import read_run
 from keras_gemma_ft.train import run
@@ -179,6 +179,15 @@ def test_the_audits_time_belongs_to_no_step(tmp_path, monkeypatch):
     seconds = [record["seconds"] for record in records if "seconds" in record]
     assert len(seconds) == 3
     assert max(seconds) < 1_000
+
+
+def test_another_process_than_the_first_leaves_nothing_but_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "is_first_process", lambda: False)
+    config = toy_run.config()
+    config.train.max_steps = 4
+    result = run.fit(toy_model.ToyModel(), toy_model.examples(), config, tmp_path)
+    assert result.best.step == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_the_held_out_loss_is_exact_over_tokens():

@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import pytest
 
 from keras_gemma_ft.config import default_config
@@ -46,10 +47,17 @@ def test_a_run_is_neither_overwritten_nor_invented(tmp_path):
 def test_a_resumed_run_is_the_same_run(tmp_path):
     write_json(tmp_path / "config.json", run_config().to_dict())
     workdir.check_same_config(tmp_path, run_config())
-    workdir.check_same_config(tmp_path, run_config(train__eval_every=5))
+    workdir.check_same_config(tmp_path, run_config(train__eval_every=5, train__remat="none"))
     with pytest.raises(UserError, match="was 16 when the run started and is 32 now") as error:
         workdir.check_same_config(tmp_path, run_config(lora__rank=32))
     assert error.value.where == "lora.rank"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_first_of_several_processes_writes(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    workdir.record(tmp_path / "manifest.json", {"status": "running"})
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"][index:]
 
 
 def test_what_a_failed_start_made_is_gone(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from keras_gemma_ft import backend
 from keras_gemma_ft.advice import Settings
 from keras_gemma_ft.json_files import read_lines
 from keras_gemma_ft.train.callbacks.live_weights import snapshot
@@ -145,7 +146,7 @@ class OverfittingDetector(keras.callbacks.Callback):
             verdict = self._verdict(self.probe())
         changed = not self.verdicts or self.verdicts[-1].kind != verdict.kind
         self.verdicts.append(verdict)
-        if self.metrics_file is not None:
+        if self.metrics_file is not None and backend.is_first_process():
             with self.metrics_file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(verdict.to_json()) + "\n")
         if changed and self.report is not None:
