@@ -42,8 +42,8 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """
     rows = jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(*x.shape[:-1], 1)
     start = mix(mix(rows + key[0]) ^ key[1])
-    # Nothing here but the columns' numbers is the same for all layers: what is, a compiler takes out of the
-    # loop over layers, stores in full size, and reads again in each of them.
-    columns = jax.lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1)
-    kept = mix(columns * (key[1] | 1) + start) >= np.uint32(rate * 2**32)
+    # Nothing in the array's full size may be the same for all layers: what is, even the columns' numbers, a
+    # compiler takes out of the loop over layers, stores, and reads again in each of them.
+    columns = jnp.arange(x.shape[-1], dtype=jnp.uint32) * (key[1] | 1)
+    kept = mix(columns + start) >= np.uint32(rate * 2**32)
     return x * kept.astype(x.dtype)

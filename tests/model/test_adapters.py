@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -217,3 +219,18 @@ def test_gradients_are_squared_layer_by_layer():
         expected = [np.sum(np.square(gradient[index])) for index in np.ndindex(stack.shape)]
         np.testing.assert_allclose(np.ravel(found[variable.path]), expected, rtol=1e-5)
         assert found[variable.path].shape == stack.shape
+
+
+def test_nothing_of_a_masks_size_is_carried_through_the_loop_over_layers(decoder):
+    one = decoder("31b")
+    adapters = random_adapters(one.config)
+    rows = [jnp.ones((2, 24), jnp.int32)] * 3
+
+    def total(adapters, params, key):
+        given = {"settings": SETTINGS, "adapters": adapters, "dropout_key": key}
+        return gemma4.hidden_states(params, one.config, *rows, **given).sum()
+
+    program = jax.jit(jax.grad(total)).lower(adapters, one.params, KEY).compile()
+    carried = re.findall(r"\((.*?)\) while\(", program.as_text())
+    sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"u32\[([\d,]+)\]", str(carried))}
+    assert carried and sizes and max(sizes) < 24 * one.config.hidden_size
