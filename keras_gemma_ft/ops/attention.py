@@ -2,8 +2,8 @@
 
 - "reference": dense, float32 softmax. The definition; quadratic in memory.
 - "xla": plain XLA, memory linear in the length. For CPU, and wherever the others decline.
-- "cudnn": NVIDIA's library, head dims up to 256.
 - "pallas": our own Triton kernels, head dims up to 512, memory linear in the length.
+- "cudnn": NVIDIA's library, head dims up to 256.
 - "splash": JAX's kernels for TPU.
 
 A rung that cannot serve a call raises NotImplementedError with the reason, and the next one is asked.
@@ -30,7 +30,7 @@ RUNGS: dict[str, Callable[..., jax.Array]] = {
     "pallas": attention_pallas.attention,
     "splash": attention_splash.attention,
 }
-LADDERS = {"gpu": ("cudnn", "pallas", "xla"), "tpu": ("splash", "xla")}
+LADDERS = {"gpu": ("pallas", "cudnn", "xla"), "tpu": ("splash", "xla")}
 
 Result = TypeVar("Result")
 

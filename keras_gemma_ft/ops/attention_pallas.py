@@ -1,4 +1,4 @@
-"""FlashAttention-2 as Triton kernels written in Pallas, for head dims that cuDNN has no kernel for.
+"""FlashAttention-2 as Triton kernels written in Pallas; blocks without a visible pair are never visited.
 
 Forward keeps the output and the logarithm of each row's sum; backward recomputes the weights from it, once
 for dq and once or twice for dk and dv (Dao 2023, arXiv:2307.08691, algorithms 1 and 2). Memory is linear in
@@ -69,7 +69,9 @@ class Tuning:
 # For GPUs with 227 KB of shared memory: three [64, 512] bfloat16 blocks, beside the one [64, 512] float32
 # accumulator that fits 64k registers with its operands.
 TUNING = {
-    256: Tuning(Tiling(128, 64), Tiling(64, 64), Tiling(32, 64)),
+    256: Tuning(
+        Tiling(64, 32, warps=4), Tiling(128, 32, stages=3), (Tiling(64, 64, 4), Tiling(64, 64, 4, stages=3))
+    ),
     512: Tuning(
         Tiling(64, 32), Tiling(64, 32, stages=1), (Tiling(32, 64, stages=1), Tiling(32, 64, stages=1))
     ),

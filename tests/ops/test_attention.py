@@ -378,16 +378,29 @@ def pretend_device(monkeypatch, **attributes):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**attributes)])
 
 
-def test_a_gpu_takes_pallas_where_cudnn_declines(monkeypatch):
+@pytest.mark.parametrize("dim", [256, 512])
+def test_a_gpu_takes_pallas(monkeypatch, dim):
     pretend_device(monkeypatch, compute_capability="9.0")
+    assert choose(*shapes(8, 2, dim), window=None) == ("pallas", {})
+
+
+def test_a_gpu_without_pallas_takes_cudnn_where_it_can(monkeypatch):
+    pretend_device(monkeypatch, compute_capability="9.0")
+    monkeypatch.setattr(attention_pallas, "plgpu", None)
+    monkeypatch.setattr(attention_cudnn, "_fused", lambda window, q, *rest: q)
+    name, declined = choose(*shapes(8, 2, 256), window=512)
+    assert (name, declined) == ("cudnn", {"pallas": "this JAX has no Triton backend for Pallas"})
     name, declined = choose(*shapes(8, 2, 512), window=None)
-    assert name == "pallas"
-    assert declined == {"cudnn": "head dim must be a multiple of 8 up to 256, got 512"}
+    assert (name, declined["cudnn"]) == ("xla", "head dim must be a multiple of 8 up to 256, got 512")
+    _, declined = choose(*shapes(8, 2, 256, length=16384), window=512)
+    assert "too much memory" in declined["cudnn"]
+
+
+def test_a_gpu_takes_neither_for_float32(monkeypatch):
+    pretend_device(monkeypatch, compute_capability="9.0")
     name, declined = choose(*shapes(8, 2, 512, dtype="float32"), window=None)
     assert name == "xla"
     assert declined["pallas"] == "needs bfloat16 or float16, got float32, float32 and float32"
-    _, declined = choose(*shapes(8, 2, 256, length=16384), window=512)
-    assert "too much memory" in declined["cudnn"]
 
 
 @pytest.mark.parametrize("capability", ["7.5", "gfx942"])
@@ -470,7 +483,7 @@ def lowered(rung, platform: str, heads: int, key_heads: int, dim: int) -> str:
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("dim", "window", "kernels"),
-    [(256, 512, ["forward", "dq", "dk_dv"]), (512, None, ["forward", "dq", "dk", "dv"])],
+    [(256, 512, ["forward", "dq", "dk", "dv"]), (512, None, ["forward", "dq", "dk", "dv"])],
 )
 def test_the_triton_kernels_lower_for_cuda(dim, window, kernels):
     rung = partial(attention_pallas.flash_attention, window, attention_pallas.TUNING[dim], False)
