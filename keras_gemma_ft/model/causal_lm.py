@@ -25,6 +25,7 @@ from keras_gemma_ft.model.gemma4 import Settings
 from keras_gemma_ft.model.lora import LoraConfig
 from keras_gemma_ft.model.objective import Batch
 from keras_gemma_ft.model.weights import Weight, lora_targets, table
+from keras_gemma_ft.ops import host
 from keras_gemma_ft.ops.dropout import fold
 from keras_gemma_ft.ops.quantize import Kind, QuantizedTensor
 
@@ -104,8 +105,9 @@ class GemmaCausalLM(keras.Model):
         Args:
             preset: `gemma4_tiny`, a local directory, `hf://ORG/NAME`, or a KerasHub name or handle.
             quantization: "nf4" or "int8" for all of the decoder's matrices, or a mapping from `weights`,
-                `embedding` and `per_layer_embedding` to either. Tensors are quantized one by one as they
-                are read: no unquantized model ever exists.
+                `embedding` and `per_layer_embedding` to either; the last may also be "host": unquantized in
+                the host's memory, from which steps fetch the rows that they look up. Tensors are quantized
+                one by one as they are read: no unquantized model ever exists.
             dtype: Of what is not quantized; see the class.
             seed: Of adapters and dropout.
 
@@ -425,7 +427,8 @@ class GemmaCausalLM(keras.Model):
 
     def load_own_variables(self, store: Any) -> None:
         for variable in [*self._base_variables(), *self._adapter_variables()]:
-            variable.assign(store[self._key(variable)])
+            value = store[self._key(variable)]
+            variable.assign(host.place(np.asarray(value)) if host.holds(variable.value) else value)
 
     def save_assets(self, directory: str) -> None:
         if self.tokenizer is not None:
@@ -453,7 +456,7 @@ class GemmaCausalLM(keras.Model):
     def _stored(self, name: str, value: Any) -> Any:
         """A weight as a variable; a quantized one as its parts, which never train."""
         if not isinstance(value, QuantizedTensor):
-            return self._variable(name, value)
+            return self._variable(name, value, trainable=not host.holds(value))
         parts = {
             field.name: getattr(value, field.name)
             for field in dataclasses.fields(value)
@@ -476,16 +479,18 @@ class GemmaCausalLM(keras.Model):
 # --- Small things -------------------------------------------------------------------------------------------
 
 
-def _quantization(given: str | Mapping[str, str] | None) -> dict[str, Kind]:
+def _quantization(given: str | Mapping[str, str] | None) -> dict[str, loading.Storage]:
     if given is None:
         return {}
     settings = {"weights": given} if isinstance(given, str) else dict(given)
     for part, kind in settings.items():
-        if part not in ("weights", "embedding", "per_layer_embedding") or kind not in ("nf4", "int8"):
+        known = part in ("weights", "embedding", "per_layer_embedding") and kind in ("nf4", "int8")
+        if not known and (part, kind) != ("per_layer_embedding", "host"):
             raise UserError(
                 f"{part}: {kind!r} is no quantization",
                 where="quantization",
-                remedy="give 'nf4' or 'int8', or a mapping from weights, embedding and per_layer_embedding.",
+                remedy="give 'nf4' or 'int8', or a mapping from weights, embedding and per_layer_embedding; "
+                "only the per-layer embedding can be 'host'.",
             )
     return settings  # type: ignore[return-value]
 
@@ -505,6 +510,9 @@ def _blank(config: Gemma4Config, quantization: Any, dtype: str) -> Named:
     for weight in table(config).values():
         kind = loading.kind_of(weight, quantization)
         shape: Any = jax.ShapeDtypeStruct(weight.stacked_shape, dtype)
+        if kind == "host":
+            yield weight.name, host.place(np.zeros(shape.shape, shape.dtype))
+            continue
         if kind is not None:
             shape = jax.eval_shape(partial(quantize, kind=kind), shape)
         yield weight.name, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from keras_gemma_ft.model.config import Gemma4Config, LayerKind, Stage
-from keras_gemma_ft.ops import cross_entropy, moe, quantize
+from keras_gemma_ft.ops import cross_entropy, host, moe, quantize
 from keras_gemma_ft.ops.attention import attention
 from keras_gemma_ft.ops.attention_mask import RESIDUALS
 from keras_gemma_ft.ops.dropout import drop, fold
@@ -560,7 +560,8 @@ def _experts(
 def _rows(table: Matrix, ids: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(table, QuantizedTensor):
         return quantize.gather_rows(table, ids, dtype)
-    return table[ids].astype(dtype)
+    rows = host.gather_rows(table, ids) if host.holds(table) else table[ids]
+    return rows.astype(dtype)
 
 
 def _per_layer_inputs(

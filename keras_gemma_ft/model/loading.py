@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,14 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.model.weights import Weight
 from keras_gemma_ft.model.weights import table as weights_of
+from keras_gemma_ft.ops import host
 from keras_gemma_ft.ops.dropout import fold, mix
 from keras_gemma_ft.ops.quantize import Kind, QuantizedTensor, quantize, quantize_pieces
 
-Quantization = Mapping[str, Kind]
-"""What is quantized, and how: `weights`, `embedding`, `per_layer_embedding` → "nf4" or "int8"."""
+Storage = Kind | Literal["host"]
+"""How a weight is stored, unless it is as the model's dtype says: quantized, or in the host's memory."""
+Quantization = Mapping[str, Storage]
+"""`weights`, `embedding`, `per_layer_embedding` → how it is stored; only the last can be on the host."""
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
@@ -244,8 +247,8 @@ def load(
         yield weight.name, _load_one(source, weight, dtype, kind_of(weight, quantization))
 
 
-def kind_of(weight: Weight, quantization: Quantization | None) -> Kind | None:
-    """How a weight is quantized; None: it is not."""
+def kind_of(weight: Weight, quantization: Quantization | None) -> Storage | None:
+    """How a weight is stored; None: in the model's dtype, on the device."""
     if not quantization or weight.use == "small":
         return None
     if weight.use == "embedding":
@@ -254,21 +257,46 @@ def kind_of(weight: Weight, quantization: Quantization | None) -> Kind | None:
     return quantization.get("weights")
 
 
-def _load_one(source: Source, weight: Weight, dtype: str, kind: Kind | None) -> jax.Array | QuantizedTensor:
+def _load_one(
+    source: Source, weight: Weight, dtype: str, kind: Storage | None
+) -> jax.Array | QuantizedTensor:
+    if kind == "host":
+        return _on_host(source.part(weight, ()), dtype)
     indices: list[tuple[int, ...]] = list(np.ndindex(weight.layers.shape)) if weight.in_layers else [()]
     if kind is None:
         return _stacked(source, weight, indices, dtype)
     if weight.use == "embedding":
         return quantize_pieces(_pieces(source.part(weight, ())), kind)
-    parts = [_quantize(jnp.asarray(source.part(weight, index)), kind) for index in indices]
+    parts = (_quantize(jnp.asarray(source.part(weight, index)), kind) for index in indices)
     if not weight.in_layers:
-        return parts[0]
-    return jax.tree.map(
-        lambda *leaves: jnp.stack(leaves).reshape(*weight.layers.shape, *leaves[0].shape), *parts
-    )
+        return next(parts)
+    # Each part goes to its place at once: kept and stacked in the end, they would exist twice.
+    stack: Any = None
+    for place, part in enumerate(parts):
+        if stack is None:
+            stack = jax.tree.map(lambda leaf: jnp.zeros((len(indices), *leaf.shape), leaf.dtype), part)
+        stack = _put_layer(stack, part, place)
+    return jax.tree.map(lambda leaf: leaf.reshape(*weight.layers.shape, *leaf.shape[1:]), stack)
 
 
 _quantize = jax.jit(quantize, static_argnums=1)
+
+
+def _on_host(table: Any, dtype: str) -> jax.Array:
+    if not (isinstance(table, np.ndarray) and table.dtype == jnp.dtype(dtype)):
+        pieces, row = _pieces(table), 0
+        table = np.empty(table.shape, jnp.dtype(dtype))
+        for piece in pieces:
+            table[row : row + len(piece)] = piece
+            row += len(piece)
+    try:
+        return host.place(table)
+    except NotImplementedError as error:
+        raise UserError(
+            str(error),
+            where="quantization.per_layer_embedding=host",
+            remedy="choose int8 or nf4, or leave it on the device.",
+        ) from error
 
 
 def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dtype: str) -> jax.Array:
@@ -276,12 +304,12 @@ def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dty
     if isinstance(first, _RandomTable):
         table, row = jnp.zeros(weight.shape, dtype), 0
         for piece in _pieces(first):
-            table, row = _put(table, piece, row), row + len(piece)
+            table, row = _put_rows(table, piece, row), row + len(piece)
         return table
     if isinstance(first, jax.Array):
         out = jnp.zeros((len(indices), *weight.shape), dtype)
         for place, index in enumerate(indices):
-            out = _put(out, source.part(weight, index)[None], place)
+            out = _put_layer(out, source.part(weight, index), place)
         return out.reshape(weight.stacked_shape)
     stacked = np.empty(weight.stacked_shape, jnp.dtype(dtype))
     for index in indices:
@@ -291,8 +319,13 @@ def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dty
 
 
 @jax.jit(donate_argnums=0)
-def _put(out: jax.Array, part: jax.Array, place: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(out, part.astype(out.dtype), place, 0)
+def _put_rows(out: jax.Array, rows: jax.Array, place: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(out, rows.astype(out.dtype), place, 0)
+
+
+@jax.jit(donate_argnums=0)
+def _put_layer(stack: Any, layer: Any, place: int) -> Any:
+    return jax.tree.map(lambda out, part: _put_rows(out, part[None], place), stack, layer)
 
 
 def _pieces(matrix: Any) -> Iterable[Any]:

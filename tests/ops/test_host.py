@@ -1,0 +1,41 @@
+"""Tables in the host's memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from keras_gemma_ft.ops import host
+
+
+@pytest.fixture
+def table():
+    return np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+
+
+def test_rows_are_the_tables_and_lie_on_the_device(table):
+    placed = host.place(table)
+    ids = jnp.asarray([[3, 49, 0], [3, 3, 7]])
+    rows = jax.jit(host.gather_rows)(placed, ids)
+    np.testing.assert_array_equal(rows, table[np.asarray(ids)])
+    assert (placed.sharding.memory_kind, rows.sharding.memory_kind) == ("pinned_host", "device")
+
+
+def test_only_a_placed_table_is_held(table):
+    held = []
+    jax.eval_shape(
+        lambda *tables: held.extend(map(host.holds, tables)), host.place(table), jnp.asarray(table)
+    )
+    assert held == [True, False]
+
+
+def test_a_device_without_such_memory_says_so(table, monkeypatch):
+    class Device:
+        device_kind = "abacus"
+
+        def addressable_memories(self):
+            return [type("Memory", (), {"kind": "device"})]
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with pytest.raises(NotImplementedError, match="abacus reads no memory of the host, only device"):
+        host.place(table)
