@@ -53,14 +53,16 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     weights.add_argument("--preset", help="a preset's weights: a name, a directory or a handle")
     parser.add_argument("--method", choices=("lora", "qlora", "full"), default="lora")
     parser.add_argument(
-        "--quantization", type=_quantization, help="KIND or PART=KIND, with commas between; nf4 with qlora"
+        "--quantization",
+        type=_quantization,
+        help="KIND or PART=KIND, with commas between; lora takes per_layer_embedding=host and no other",
     )
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
     parser.add_argument("--micro-batch", type=int, help="rows on the device at once; all unless given")
     parser.add_argument(
         "--remat",
-        choices=("full", "attention", "matmuls", "none", "offload"),
+        choices=("full", "attention", "outputs", "matmuls", "none", "offload"),
         default="full",
         help="what the backward pass computes again",
     )
@@ -74,8 +76,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     case = parser.parse_args(given)
     if case.method == "qlora":
         case.quantization = {"weights": "nf4", **(case.quantization or {})}
-    elif case.quantization:
-        parser.error("--quantization goes with --method=qlora")
+    elif case.quantization and (case.method, case.quantization) != ("lora", {"per_layer_embedding": "host"}):
+        parser.error("--quantization goes with --method=qlora; per_layer_embedding=host also with lora")
     for name in ("rows", "length", "micro_batch", "steps"):
         if (value := getattr(case, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")

@@ -38,9 +38,14 @@ Attend: TypeAlias = Callable[[LayerKind, jax.Array, KV | None, KV | None, Any], 
 them), those that KV-shared layers use, and its cache; it gives the output [B, T, H, W], k and v for layers
 that share them, and the new cache."""
 
-Remat = Literal["full", "attention", "matmuls", "none", "offload"]
+Remat = Literal["full", "attention", "outputs", "matmuls", "none", "offload"]
 # What the backward pass finds ready-made besides each layer's input; all else it computes again.
-_NAMES = {"full": (), "attention": (RESIDUALS,), "matmuls": (RESIDUALS, "projection")}
+_NAMES = {
+    "full": (),
+    "attention": (RESIDUALS,),
+    "outputs": (RESIDUALS, "down_proj"),
+    "matmuls": (RESIDUALS, "down_proj", "projection"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class Settings:
     Attributes:
         dtype: Of activations.
         remat: What is recomputed in the backward pass: "full" keeps each layer's input; "attention" also what
-            attention's backward pass needs; "matmuls" also the projections' outputs; "none" keeps all;
-            "offload" keeps each layer's input in host memory.
+            attention's backward pass needs; "outputs" also what the feed-forward network gives; "matmuls"
+            also the other projections' outputs; "none" keeps all; "offload" keeps each layer's input in host
+            memory.
         unroll_locals: Whether the local layers of a block are written out instead of scanned over.
         unroll_groups: Blocks of a stage that are written out in each step of the scan.
         lora_scale: alpha / rank.
@@ -411,7 +417,9 @@ class _Projections:
         if adapted:
             for role, change in zip(adapted, self._changes(adapted, x, place), strict=True):
                 outputs[role] = outputs[role] + change
-        return [checkpoint_name(outputs[role], "projection") for role in roles]
+        return [
+            checkpoint_name(outputs[role], role if role == "down_proj" else "projection") for role in roles
+        ]
 
     def _changes(self, roles: list[str], x: jax.Array, place: int) -> list[jax.Array]:
         """scale · B A x of each role, in x's dtype; the factors are float32 and rounded to it here.
