@@ -27,33 +27,33 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CACHE = "KERAS_GEMMA_FT_CACHE"
-SMALL = "--method=qlora --quantization=nf4,embedding=int8,per_layer_embedding=nf4"
+QLORA = "--method=qlora --quantization=nf4,embedding=nf4,per_layer_embedding=host"
+HOST = "--quantization=per_layer_embedding=host"
+FAST = "--remat=matmuls --unroll"
 
-# Lean: the least memory. Fast: memory is there to be used. Smallest: one row. The sizes of micro-batches, and
-# where local layers are written out, are predictions from measurements without these (docs/performance.md).
+# Lean: little memory. Fast: memory is there to be used. Smallest: one row. Why these: docs/performance.md.
 CASES: dict[str, str] = {
-    "e2b lora lean": "--model=e2b --micro-batch=1",
-    "e2b lora fast": "--model=e2b --remat=matmuls",
-    "e2b lora smallest": "--model=e2b --rows=1",
-    "e2b qlora lean": f"--model=e2b {SMALL} --micro-batch=2",
-    "e2b qlora smallest": f"--model=e2b {SMALL} --rows=1",
-    "e4b lora lean": "--model=e4b --micro-batch=1",
-    "e4b lora fast": """--model=e4b --remat=matmuls --micro-batch=2 --settings='{"unroll_locals": true}'""",
-    "e4b lora smallest": "--model=e4b --rows=1",
-    "e4b qlora lean": f"--model=e4b {SMALL} --micro-batch=2",
-    "e4b qlora fast": "--model=e4b --method=qlora --remat=matmuls --micro-batch=2"
-    """ --settings='{"unroll_locals": true}'""",
-    "e4b qlora smallest": f"--model=e4b {SMALL} --rows=1",
+    "e2b lora lean": f"--model=e2b {HOST}",
+    "e2b lora fast": f"--model=e2b {FAST}",
+    "e2b lora smallest": f"--model=e2b {HOST} --rows=1",
+    "e2b qlora lean": f"--model=e2b {QLORA}",
+    "e2b qlora smallest": f"--model=e2b {QLORA} --rows=1",
+    "e4b lora lean": f"--model=e4b {HOST}",
+    "e4b lora fast": f"--model=e4b {FAST}",
+    "e4b lora smallest": f"--model=e4b {HOST} --rows=1",
+    "e4b qlora lean": f"--model=e4b {QLORA}",
+    "e4b qlora fast": f"--model=e4b {QLORA} {FAST}",
+    "e4b qlora smallest": f"--model=e4b {QLORA} --rows=1",
     "26b-a4b lora lean": "--model=26b_a4b --micro-batch=1",
     "26b-a4b lora smallest": "--model=26b_a4b --rows=1",
-    "26b-a4b qlora lean": f"--model=26b_a4b {SMALL} --micro-batch=2",
-    "26b-a4b qlora smallest": f"--model=26b_a4b {SMALL} --rows=1",
+    "26b-a4b qlora lean": f"--model=26b_a4b {QLORA}",
+    "26b-a4b qlora smallest": f"--model=26b_a4b {QLORA} --rows=1",
     "31b lora lean": "--model=31b --micro-batch=1",
     "31b lora smallest": "--model=31b --rows=1",
-    "31b qlora lean": f"--model=31b {SMALL} --micro-batch=2",
-    "31b qlora fast": "--model=31b --method=qlora --remat=matmuls --micro-batch=2",
-    "31b qlora smallest": f"--model=31b {SMALL} --rows=1",
-    "e4b lora 32k": "--model=e4b --rows=1 --length=32768",
+    "31b qlora lean": f"--model=31b {QLORA} --micro-batch=2",
+    "31b qlora fast": f"--model=31b {QLORA}",
+    "31b qlora smallest": f"--model=31b {QLORA} --rows=1",
+    "e4b lora 32k": f"--model=e4b {HOST} --rows=1 --length=32768",
 }
 
 

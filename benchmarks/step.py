@@ -66,6 +66,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         default="full",
         help="what the backward pass computes again",
     )
+    parser.add_argument("--unroll", action="store_true", help="write all layers out")
     parser.add_argument(
         "--settings", type=json.loads, default={}, help="other fields of gemma4.Settings, as JSON"
     )
@@ -270,7 +271,7 @@ def _model(case: argparse.Namespace) -> Any:
     model.compile(
         optimizer=adamw(LEARNING_RATE, schedule="constant", warmup_ratio=0.0),
         micro_batch_size=case.micro_batch,
-        settings={"remat": case.remat, **case.settings},
+        settings={"remat": case.remat, "unroll": case.unroll, **case.settings},
     )
     return model
 

@@ -342,6 +342,12 @@ FIELDS: tuple[Field, ...] = (
         recommended="auto on accelerators, whose compiler takes half a minute for each; full to save memory",
     ),
     Field(
+        "train.unroll",
+        False,
+        "write all layers out instead of scanning over them: faster where much is kept (remat=matmuls or "
+        "none), and slower to compile",
+    ),
+    Field(
         "train.eval_every",
         None,
         "steps between held-out measurements, each with a checkpoint",

@@ -264,13 +264,13 @@ class GemmaCausalLM(keras.Model):
             float32 [rows, length, vocabulary].
         """
         rows = _rows(token_ids, positions, segment_ids)
-        return objective.logits(self.config, self.settings, self.params(), self.adapters(), *rows)
+        return objective.logits(self.config, self._scanned, self.params(), self.adapters(), *rows)
 
     def row_losses(self, batch: Batch) -> jax.Array:
         """Summed loss of each row's supervised tokens in nats, float32 [rows]."""
         rows = _rows(batch["token_ids"], batch.get("positions"), batch.get("segment_ids"))
         mask = jnp.asarray(_loss_mask(batch))
-        return objective.row_losses(self.config, self.settings, self.params(), self.adapters(), *rows, mask)
+        return objective.row_losses(self.config, self._scanned, self.params(), self.adapters(), *rows, mask)
 
     def generate(self, prompts: Any, max_new_tokens: int = 256, **sampling: Any) -> Any:
         """Answers to prompts; see `generation.generate` for the arguments."""
@@ -362,7 +362,7 @@ class GemmaCausalLM(keras.Model):
             adapters = self.adapters(lambda variable: values[id(variable)])
             return objective.loss_sum(
                 self.config,
-                self.settings,
+                self.settings if training else self._scanned,
                 params,
                 adapters,
                 batch,
@@ -371,6 +371,11 @@ class GemmaCausalLM(keras.Model):
             )
 
         return sums
+
+    @property
+    def _scanned(self) -> Settings:
+        """The settings where nothing is differentiated: layers written out would only compile more slowly."""
+        return dataclasses.replace(self.settings, unroll=False)
 
     def _squared_by_layer(self, gradients: Sequence[jax.Array]) -> dict[str, jax.Array]:
         """Squared norm of each trainable variable's gradient, by path; one for each layer that it stacks."""

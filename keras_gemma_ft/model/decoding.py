@@ -147,10 +147,7 @@ def extend(
     # A scan copies each layer's weights out of their stack: half of a step's time where a weight meets but a
     # few rows (E4B, 32 rows, H100, jax 0.11.2: 16.1 ms a step, and 9.7 with all layers written out).
     if jax.default_backend() != "cpu":
-        settings = dataclasses.replace(
-            plan.settings, unroll_locals=True, unroll_groups=plan.config.num_hidden_layers
-        )
-        plan = plan._replace(settings=settings)
+        plan = plan._replace(settings=dataclasses.replace(plan.settings, unroll=True))
 
     def unfinished(state: State) -> jax.Array:
         return (state.answer_length < limit) & ~jnp.all(state.stopped)

@@ -20,6 +20,7 @@ def build_model(config: ConfigDict) -> GemmaCausalLM:
     if config.method != "full":
         lora = config.lora
         model.enable_lora(lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+    model.settings = dataclasses.replace(model.settings, unroll=config.train.unroll)
     if config.train.remat != "auto":  # that needs a batch: train/remat_choice.py
         model.settings = dataclasses.replace(model.settings, remat=config.train.remat)
     return model

@@ -58,8 +58,8 @@ class Settings:
             attention's backward pass needs; "outputs" also what the feed-forward network gives; "matmuls"
             also the other projections' outputs; "none" keeps all; "offload" keeps each layer's input in host
             memory.
-        unroll_locals: Whether the local layers of a block are written out instead of scanned over.
-        unroll_groups: Blocks of a stage that are written out in each step of the scan.
+        unroll: Whether all layers are written out instead of scanned over. What the backward pass is to find
+            is then copied into no stack; but the program takes a minute to compile.
         lora_scale: alpha / rank.
         lora_dropout: Share of an adapter's inputs dropped where a key is given.
         implementation: Rung of the attention ladder; None: the platform's first.
@@ -68,8 +68,7 @@ class Settings:
 
     dtype: Any = jnp.bfloat16
     remat: Remat = "full"
-    unroll_locals: bool = False
-    unroll_groups: int = 1
+    unroll: bool = False
     lora_scale: float = 1.0
     lora_dropout: float = 0.0
     implementation: str | None = None
@@ -295,7 +294,7 @@ def _run_stage(
                 return (x, kv), new
 
             (x, kv_local), caches["local"] = jax.lax.scan(
-                local, (x, kv.get("local")), xs["local"], unroll=layers["local"].settings.unroll_locals
+                local, (x, kv.get("local")), xs["local"], unroll=layers["local"].settings.unroll
             )
             kv = {**kv, "local": kv_local}
         x, kv_global, caches["global"] = run["global"](xs["global"], x, kv.get("global"))
@@ -305,7 +304,7 @@ def _run_stage(
         (x, _), _ = group((x, shared), xs)
         return x, None
 
-    unroll = min(layers["global"].settings.unroll_groups, stage.groups)
+    unroll = layers["global"].settings.unroll
     if not owns:
         x, _ = jax.lax.scan(shared_group, x, inputs, unroll=unroll)
         return x, shared, {}
@@ -341,8 +340,7 @@ def _rematerialized(layer: _Layer) -> Callable[..., Any]:
     else:
         policy = policies.save_only_these_names(*_NAMES[settings.remat])
     # Inside a scan nothing can be merged with the forward pass; where layers are written out, it must not.
-    scanned = settings.unroll_groups == 1 and not settings.unroll_locals
-    return jax.checkpoint(run, policy=policy, prevent_cse=not scanned)
+    return jax.checkpoint(run, policy=policy, prevent_cse=settings.unroll)
 
 
 # --- One layer ----------------------------------------------------------------------------------------------

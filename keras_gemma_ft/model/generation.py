@@ -251,7 +251,7 @@ def _plan(
             f"{max_new_tokens!r} tokens are no answer", where="max_new_tokens", remedy="choose 1 or more."
         )
     # Nothing is differentiated, and what training is set to must not compile another program.
-    settings = dataclasses.replace(settings, remat="none", lora_dropout=0.0)
+    settings = dataclasses.replace(settings, remat="none", unroll=False, lora_dropout=0.0)
     room = _power_of_two(max_new_tokens, _SHORTEST_ANSWER)
     return Plan(config, settings, sampling or Sampling(), tuple(sorted(set(stop_ids))), room)
 

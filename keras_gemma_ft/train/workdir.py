@@ -21,13 +21,14 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.json_files import read_json, write_json
 
 # What a resumed run may change: nothing that the batches, the schedule or the weights depend on. (train.remat
-# computes the same numbers again instead of keeping them.)
+# and train.unroll compute the same numbers otherwise.)
 _MAY_CHANGE = (
     "train.answers",
     "train.eval_every",
     "train.on_overfitting",
     "train.remat",
     "train.trackers",
+    "train.unroll",
     "task.kind",
 )
 

@@ -174,12 +174,12 @@ heavy = pytest.mark.heavy
     "way",
     [
         pytest.param({"remat": "none"}, id="none"),
-        pytest.param({"remat": "matmuls", "unroll_locals": True, "unroll_groups": 2}, id="matmuls unrolled"),
+        pytest.param({"remat": "matmuls", "unroll": True}, id="matmuls unrolled"),
         pytest.param({"remat": "outputs"}, id="outputs"),
         pytest.param({"remat": "attention"}, id="attention", marks=heavy),
         pytest.param({"remat": "matmuls"}, id="matmuls", marks=heavy),
         pytest.param({"remat": "offload"}, id="offload", marks=heavy),
-        pytest.param({"unroll_locals": True, "unroll_groups": 2}, id="full unrolled", marks=heavy),
+        pytest.param({"unroll": True}, id="full unrolled", marks=heavy),
     ],
 )
 def test_every_way_to_compute_gradients_gives_the_same(ours, adapter_gradients, way):
