@@ -53,7 +53,7 @@ CASES: dict[str, str] = {
     "31b qlora lean": f"--model=31b {QLORA} --micro-batch=2",
     "31b qlora fast": f"--model=31b {QLORA} --remat=outputs",
     "31b qlora smallest": f"--model=31b {QLORA} --rows=1",
-    "e4b lora 32k": f"--model=e4b {HOST} --rows=1 --length=32768",
+    "e4b lora 32k": "--model=e4b --rows=1 --length=32768",
 }
 
 

@@ -2,8 +2,8 @@
 
     keras-gemma-ft train --config=e2b_qlora --workdir=runs/e2b_qlora --config.data.train=train.jsonl
 
-One GPU; the guide's memory budget for it is 6 GB. `train.micro_batch_size` trades memory for speed and
-changes nothing else.
+One GPU; the guide's memory budget for it is 6 GB. The per-layer embedding stays in the host's memory for it.
+`train.micro_batch_size` trades memory for speed and changes nothing else.
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +15,6 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.preset = "gemma4_instruct_2b"
     config.method = "qlora"
+    config.quantization.per_layer_embedding = "host"
     config.train.micro_batch_size = 2
     return config

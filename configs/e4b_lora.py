@@ -2,8 +2,8 @@
 
     keras-gemma-ft train --config=e4b_lora --workdir=runs/e4b_lora --config.data.train=train.jsonl
 
-One GPU; the guide's memory budget for it is 18 GB. `train.micro_batch_size` trades memory for speed and
-changes nothing else.
+One GPU; the guide's memory budget for it is 18 GB. The per-layer embedding stays in the host's memory for it.
+`train.micro_batch_size` trades memory for speed and changes nothing else.
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +15,6 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.preset = "gemma4_instruct_4b"
     config.method = "lora"
+    config.quantization.per_layer_embedding = "host"
     config.train.micro_batch_size = 4
     return config
