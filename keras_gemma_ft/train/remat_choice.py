@@ -26,7 +26,7 @@ class Choice:
     Attributes:
         remat: The policy.
         needs: Bytes on the device of each policy's compiled step, in the order in which they were compiled;
-            None where the compiler found no place for it.
+            None where it does not compile.
         limit: Bytes that a program may take of the device; None: the device does not say.
     """
 
@@ -37,7 +37,10 @@ class Choice:
     def __str__(self) -> str:
         if self.limit is None:
             return f"remat: {self.remat}; the device reports no limit of memory, so all is kept"
-        *slower, taken = (f"{remat} needs {_gib(size)}" for remat, size in self.needs.items())
+        *slower, taken = (
+            f"{remat} does not compile" if size is None else f"{remat} needs {_gib(size)}"
+            for remat, size in self.needs.items()
+        )
         return f"remat: {self.remat}; of {_gib(self.limit)} " + ", ".join([taken, *slower])
 
 
@@ -86,7 +89,8 @@ def set_remat(model: GemmaCausalLM, remat: Remat) -> None:
 def step_bytes(model: GemmaCausalLM, batch: Mapping[str, Any]) -> int | None:
     """Device memory of the model's compiled training step with all that it is given, in bytes.
 
-    None where the compiler gives up because nothing fits, as it does for TPUs, or has no figures.
+    None where the compiler gives up because nothing fits, as it does for TPUs; where it has no way to offload,
+    as for GPUs with jax 0.11; or where it has no figures.
     """
     model.optimizer.build(model.trainable_variables)
     variables = (
@@ -106,7 +110,7 @@ def step_bytes(model: GemmaCausalLM, batch: Mapping[str, Any]) -> int | None:
     try:
         compiled = jax.jit(train_step, donate_argnums=0).lower(state, data).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) and model.settings.remat != "offload":
             raise
         return None
     used = compiled.memory_analysis()
@@ -138,5 +142,5 @@ def _nothing_fits(
     )
 
 
-def _gib(size: int | None) -> str:
-    return "more than there is" if size is None else f"{size / 2**30:.2f} GiB"
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

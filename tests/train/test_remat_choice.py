@@ -66,7 +66,7 @@ def test_it_says_why(sizes):
     sizes(none=None, matmuls=44.1, outputs=40.5, attention=30.25)
     choice = remat_choice.choose_remat(build(), BATCH, limit=40 * GIB)
     assert str(choice) == (
-        "remat: attention; of 40.00 GiB attention needs 30.25 GiB, none needs more than there is, "
+        "remat: attention; of 40.00 GiB attention needs 30.25 GiB, none does not compile, "
         "matmuls needs 44.10 GiB, outputs needs 40.50 GiB"
     )
 
@@ -105,6 +105,19 @@ def cache(tmp_path):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def test_a_device_without_offloading_has_one_policy_less(monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such memory")
+
+    model = build()
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    remat_choice.set_remat(model, "offload")
+    assert remat_choice.step_bytes(model, BATCH) is None
+    remat_choice.set_remat(model, "full")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such memory"):
+        remat_choice.step_bytes(model, BATCH)
 
 
 def test_steps_are_compiled_and_measured_and_fit_finds_the_one_taken(cache, monkeypatch):
