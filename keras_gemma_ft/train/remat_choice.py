@@ -89,8 +89,8 @@ def set_remat(model: GemmaCausalLM, remat: Remat) -> None:
 def step_bytes(model: GemmaCausalLM, batch: Mapping[str, Any]) -> int | None:
     """Device memory of the model's compiled training step with all that it is given, in bytes.
 
-    None where the compiler gives up because nothing fits, as it does for TPUs; where it has no way to offload,
-    as for GPUs with jax 0.11; or where it has no figures.
+    None where the compiler gives up because nothing fits, as it does for TPUs; where it knows no way to
+    offload, as for GPUs with jax 0.11; or where it has no figures.
     """
     model.optimizer.build(model.trainable_variables)
     variables = (
