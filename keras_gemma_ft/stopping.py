@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -20,10 +20,13 @@ def never_lose_interrupts() -> None:
     raises wherever Python happens to be; it is then raised again.
     """
 
+    main = threading.main_thread().ident
+    assert main is not None, "it has been started"
+
     def report(dropped: Any) -> None:
         if dropped.exc_type is KeyboardInterrupt:
-            # Later and from elsewhere: here it would be dropped once more.
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            # Later and from elsewhere: here it would be dropped once more. A signal also ends a call that waits.
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
         else:
             sys.__unraisablehook__(dropped)
 
