@@ -25,7 +25,7 @@ def never_lose_interrupts() -> None:
 
     def report(dropped: Any) -> None:
         if dropped.exc_type is KeyboardInterrupt:
-            # Later and from elsewhere: here it would be dropped once more. A signal also ends a call that waits.
+            # Later and from elsewhere: here it would be dropped once more. A signal also ends waiting calls.
             threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
         else:
             sys.__unraisablehook__(dropped)
