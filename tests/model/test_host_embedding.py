@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from small_models import KINDS
+from small_models import GLOBAL, KINDS, LOCAL
 
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model.causal_lm import GemmaCausalLM
@@ -15,11 +15,13 @@ from keras_gemma_ft.train.optimizers import adamw
 
 HOST = {"per_layer_embedding": "host"}
 TABLE = "embed_tokens_per_layer"
+TWO_LAYERS = {"layer_types": [LOCAL, GLOBAL], "num_hidden_layers": 2, "num_kv_shared_layers": 0}
 
 
 def build(quantization=None):
-    model = GemmaCausalLM(Gemma4Config.from_hf(KINDS["e2b"]), dtype="float32", quantization=quantization)
-    model.enable_lora(2, dropout=0.1)
+    config = Gemma4Config.from_hf({**KINDS["e4b"], **TWO_LAYERS})
+    model = GemmaCausalLM(config, dtype="float32", quantization=quantization)
+    model.enable_lora(2, dropout=0.1, targets="q_proj,down_proj")
     return model
 
 
@@ -33,9 +35,10 @@ def trained():
     models = {}
     for name, quantization in (("device", None), ("host", HOST)):
         model = models[name] = build(quantization)
-        model.compile(optimizer=adamw(1e-2, schedule="constant", warmup_ratio=0.0), micro_batch_size=1)
+        adam = adamw(1e-2, schedule="constant", warmup_ratio=0.0)
+        model.compile(optimizer=adam, micro_batch_size=1, settings={"remat": "none"})
         losses = model.fit(batch(), batch_size=2, epochs=3, shuffle=False, verbose=0).history["loss"]
-        models[name] = model, *losses, *model.evaluate(batch(), batch_size=2, verbose=0)
+        models[name] = model, *losses
     return models
 
 
@@ -52,6 +55,7 @@ def test_the_table_stays_on_the_host(trained):
     assert [name for name, value in model.params().items() if host.holds(jnp.asarray(value))] == [TABLE]
 
 
+@pytest.mark.heavy
 def test_generation_is_the_same(trained):
     def answers(model):
         given = (model.params(), model.config, [[2, 5, 9, 11], [2, 40]], 6)

@@ -55,10 +55,9 @@ def test_what_is_known_by_heart_is_counted(tmp_path, model, own_answers):
     unknown = prepared(tmp_path / "unknown", model, ["counter 7"] * len(PROMPTS))
     found = Answers(model, known, unknown, count=10).reproduction()
     # An answer that was cut off by `LONGEST` does not end where the expected one does.
-    whole = sum(
-        model.generate(PROMPTS[place], 2 * LONGEST) == own_answers[place]
-        for place in questions_places(known, model, 10)
-    )
+    places = questions_places(known, model, 10)
+    longer = model.generate([PROMPTS[place] for place in places], 2 * LONGEST)
+    whole = sum(answer == own_answers[place] for place, answer in zip(places, longer, strict=True))
     assert (found.trained, found.trained_of) == (whole, 10)
     assert whole > 0
     assert (found.held_out, found.held_out_of) == (0, 10)
