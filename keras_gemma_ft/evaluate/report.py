@@ -110,6 +110,12 @@ def write_report(
     return path
 
 
+def _told(run: RunRecord) -> list[dict[str, Any]]:
+    """The verdicts that differ from the one before, and the last one if it has other reasons by then."""
+    first, last = run.turning_points, run.verdicts[-1]
+    return first if first[-1]["reason"] == last["reason"] else [*first, last]
+
+
 def summarize(run: RunRecord) -> dict[str, Any]:
     """The numbers of a run, as `metrics.json` holds them; only what was measured is there."""
     numbers: dict[str, Any] = {}
@@ -136,7 +142,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         numbers["verdict"] = run.verdicts[-1]
         numbers["verdict_changes"] = [
             {"step": verdict["step"], "verdict": verdict["verdict"], "reason": verdict["reason"]}
-            for verdict in run.turning_points
+            for verdict in _told(run)
         ]
     for name in ("task", "rows", "confidence", "metrics", "forgetting", "seconds"):
         if name in run.evaluation:
