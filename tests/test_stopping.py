@@ -99,6 +99,7 @@ DROPPED = """
 import gc, signal, time
 from keras_gemma_ft.stopping import never_lose_interrupts
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
 never_lose_interrupts()
 def callback(phase, info):
     gc.callbacks.clear()
