@@ -165,9 +165,6 @@ def packed_cudnn(
     return jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
 
 
-ONLY: list[str] = []  # rungs that are asked for; all where it is empty
-
-
 def candidates(dim: int, interpret: bool) -> dict[str, Callable[..., jax.Array]]:
     found: dict[str, Callable[..., jax.Array]] = {
         "pallas": partial(kernels.attention, interpret=interpret),
@@ -178,7 +175,7 @@ def candidates(dim: int, interpret: bool) -> dict[str, Callable[..., jax.Array]]
     }
     if dim > 256:
         del found["cudnn"], found["cudnn packed"]
-    return {name: rung for name, rung in found.items() if not ONLY or name in ONLY}
+    return found
 
 
 def forward(rung: Callable[..., jax.Array], window: int | None) -> Any:
@@ -454,12 +451,10 @@ def main() -> None:
         help="comma-separated, of parity, speed, long and sweep; run in this order",
     )
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
-    parser.add_argument("--rungs", default="", help="comma-separated; all unless given")
     parser.add_argument("--threads", type=int, default=12, help="programs compiled at a time")
     parser.add_argument("--tiny", action="store_true", help="small shapes, interpreted kernels, any platform")
     options = parser.parse_args()
     clock, chapters = Clock(options.seconds), options.chapters.split(",")
-    ONLY.extend(filter(None, options.rungs.split(",")))
     shapes = {name: shape for name, shape in SHAPES.items() if options.shapes in name}
     if options.tiny:
         shapes = {
