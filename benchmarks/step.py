@@ -35,6 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from keras_gemma_ft import __version__, compilation
+from keras_gemma_ft.config import BY_NAME
 from keras_gemma_ft.errors import UserError
 
 RANK, DROPOUT, LEARNING_RATE = 16, 0.05, 2e-4
@@ -62,7 +63,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, help="rows on the device at once; all unless given")
     parser.add_argument(
         "--remat",
-        choices=("full", "attention", "outputs", "matmuls", "none", "offload"),
+        choices=[choice for choice in BY_NAME["train.remat"].choices if choice != "auto"],
         default="full",
         help="what the backward pass computes again",
     )

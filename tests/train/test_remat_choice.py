@@ -1,5 +1,7 @@
 """`train.remat=auto` takes the fastest policy that fits, and `fit` does not compile its step again."""
 
+from typing import get_args
+
 import jax
 import keras
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from small_models import KINDS
 
+from keras_gemma_ft.config import BY_NAME
 from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.model import gemma4
 from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.train import remat_choice
@@ -48,6 +52,12 @@ def sizes(monkeypatch):
 
 
 GIB = 2**30
+
+
+def test_every_policy_can_be_configured_and_is_tried():
+    policies = set(get_args(gemma4.Remat))
+    assert set(remat_choice.LADDER) == policies
+    assert set(BY_NAME["train.remat"].choices) == policies | {"auto"}
 
 
 @pytest.mark.parametrize(

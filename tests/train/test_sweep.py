@@ -1,5 +1,6 @@
 """Successive halving with a function whose optimum is known; interrupted, failing and wrongly set up."""
 
+import errno
 import io
 import json
 import math
@@ -84,6 +85,18 @@ def test_a_run_that_fails_is_recorded_and_passed_over(tmp_path):
         lambda config, workdir: math.nan if config["lora"]["rank"] == 8 else 1.0,
     )
     assert (nan[-1].value, nan[-1].error) == (None, "the metric is nan")
+
+
+def test_a_full_disk_ends_the_sweep_and_is_no_failure_of_a_run(tmp_path):
+    def full(config, workdir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        run_sweep(SWEEP, CONFIG, tmp_path, full)
+    new, again = Runs(), Runs()
+    run_sweep(SWEEP, CONFIG, tmp_path / "new", new)
+    run_sweep(SWEEP, CONFIG, tmp_path, again)  # nothing was recorded, so nothing is passed over
+    assert [call[:3] for call in again.calls] == [call[:3] for call in new.calls]
 
 
 def test_where_every_run_fails_the_reason_is_given(tmp_path):
