@@ -338,7 +338,7 @@ FIELDS: tuple[Field, ...] = (
         "attention's backward pass needs; matmuls also the projections' outputs; none keeps all; offload "
         "keeps each layer's input in host memory; auto compiles one after the other, the fastest first, "
         "until a step fits the device",
-        choices=("auto", "full", "attention", "outputs", "matmuls", "none", "offload"),
+        choices=("auto", "full", "attention", "outputs", "feed_forward", "matmuls", "none", "offload"),
         recommended="auto on accelerators, whose compiler takes half a minute for each; full to save memory",
     ),
     Field(

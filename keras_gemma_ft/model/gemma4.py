@@ -9,7 +9,7 @@ the per-layer input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -20,10 +20,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from keras_gemma_ft.model.config import Gemma4Config, LayerKind, Stage
-from keras_gemma_ft.ops import cross_entropy, host, moe, quantize
+from keras_gemma_ft.ops import cross_entropy, gated_gelu, host, moe, quantize
 from keras_gemma_ft.ops.attention import attention
 from keras_gemma_ft.ops.attention_mask import RESIDUALS
 from keras_gemma_ft.ops.dropout import drop, fold
+from keras_gemma_ft.ops.gated_gelu import gelu_product
 from keras_gemma_ft.ops.grouped_matmul import Implementation
 from keras_gemma_ft.ops.quantize import QuantizedTensor
 
@@ -38,13 +39,16 @@ Attend: TypeAlias = Callable[[LayerKind, jax.Array, KV | None, KV | None, Any], 
 them), those that KV-shared layers use, and its cache; it gives the output [B, T, H, W], k and v for layers
 that share them, and the new cache."""
 
-Remat = Literal["full", "attention", "outputs", "matmuls", "none", "offload"]
+Remat = Literal["full", "attention", "outputs", "feed_forward", "matmuls", "none", "offload"]
 # What the backward pass finds ready-made besides each layer's input; all else it computes again.
+_OUTPUTS = (RESIDUALS, "low", "down_proj")
+_FEED_FORWARD = (*_OUTPUTS, "o_proj", "gate_proj", "up_proj")
 _NAMES = {
     "full": (),
     "attention": (RESIDUALS,),
-    "outputs": (RESIDUALS, "down_proj"),
-    "matmuls": (RESIDUALS, "down_proj", "projection"),
+    "outputs": _OUTPUTS,
+    "feed_forward": _FEED_FORWARD,
+    "matmuls": (*_FEED_FORWARD, "q_proj", "k_proj", "v_proj", "per_layer_input_gate", "per_layer_projection"),
 }
 
 
@@ -55,9 +59,9 @@ class Settings:
     Attributes:
         dtype: Of activations.
         remat: What is recomputed in the backward pass: "full" keeps each layer's input; "attention" also what
-            attention's backward pass needs; "outputs" also what the feed-forward network gives; "matmuls"
-            also the other projections' outputs; "none" keeps all; "offload" keeps each layer's input in host
-            memory.
+            attention's backward pass needs; "outputs" also what the feed-forward network gives, and what the
+            adapters' A give; "feed_forward" also what o_proj, gate_proj and up_proj give; "matmuls" also the
+            other projections' outputs; "none" keeps all; "offload" keeps each layer's input in host memory.
         unroll: Whether all layers are written out instead of scanned over. What the backward pass is to find
             is then copied into no stack; but the program takes a minute to compile.
         lora_scale: alpha / rank.
@@ -360,7 +364,7 @@ def _decoder_layer(
     attended, kv, cache = _attention(layer, w, project, norm(x, "input_layernorm"), shared, inputs["cache"])
     x = x + norm(attended, "post_attention_layernorm")
 
-    fed = _feed_forward(project, norm(x, "pre_feedforward_layernorm"))
+    fed = project.feed_forward(norm(x, "pre_feedforward_layernorm"))
     if config.num_experts:
         fed = norm(fed, "post_feedforward_layernorm_1") + norm(
             _experts(layer, w, inputs["adapters"], x, norm(x, "pre_feedforward_layernorm_2")),
@@ -370,7 +374,7 @@ def _decoder_layer(
 
     if inputs["per_layer"] is not None:
         gate = project(("per_layer_input_gate",), x, 4)[0]
-        product = _gelu_product(gate, inputs["per_layer"])
+        product = gelu_product(gate, inputs["per_layer"])
         projected = project(("per_layer_projection",), product, 5)[0]
         x = x + norm(projected, "post_per_layer_input_norm")
     return x * w["layer_scalar"].astype(x.dtype), kv, cache
@@ -413,30 +417,46 @@ class _Projections:
         outputs = {role: linear(x, self.weights[role]) for role in roles}
         adapted = [role for role in roles if role in self.adapters]
         if adapted:
-            for role, change in zip(adapted, self._changes(adapted, x, place), strict=True):
-                outputs[role] = outputs[role] + change
-        return [
-            checkpoint_name(outputs[role], role if role == "down_proj" else "projection") for role in roles
-        ]
+            for role, low in zip(adapted, self._low(adapted, x, place), strict=True):
+                outputs[role] = outputs[role] + linear(low, self.adapters[role]["lora_b"].astype(x.dtype))
+        return [checkpoint_name(outputs[role], role) for role in roles]
 
-    def _changes(self, roles: list[str], x: jax.Array, place: int) -> list[jax.Array]:
-        """scale · B A x of each role, in x's dtype; the factors are float32 and rounded to it here.
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """down(gelu(gate(x)) · up(x)); in few passes if all three matrices have adapters."""
+        roles = ("gate_proj", "up_proj")
+        if not self.adapters.keys() >= {*roles, "down_proj"}:
+            return self(("down_proj",), gelu_product(*self(roles, x, 2)), 3)[0]
+        gate, up = (checkpoint_name(linear(x, self.weights[role]), role) for role in roles)
+        b_gate, b_up, b_down = (self.adapters[role]["lora_b"] for role in (*roles, "down_proj"))
+        rate, key = self._dropout(3)
+        product, low = gated_gelu.adapted(
+            gate, up, *self._low(roles, x, 2), b_gate, b_up, self.adapters["down_proj"]["lora_a"], rate, key
+        )
+        change = linear(self._scaled(low), b_down.astype(x.dtype))
+        return checkpoint_name(linear(product, self.weights["down_proj"]) + change, "down_proj")
+
+    def _low(self, roles: Sequence[str], x: jax.Array, place: int) -> list[jax.Array]:
+        """scale · A x of each role, in x's dtype; the factors are float32 and rounded to it here.
 
         All A stand in one product, which reads x once.
         """
-        settings, key = self.layer.settings, self.layer.dropout_key
-        scale = settings.lora_scale
-        if key is not None and settings.lora_dropout:
-            x = drop(x, settings.lora_dropout, fold(fold(key, self.number), place))
-            scale /= 1 - settings.lora_dropout
+        rate, key = self._dropout(place)
+        if key is not None:
+            x = drop(x, rate, key)
         a = jnp.concatenate([self.adapters[role]["lora_a"] for role in roles])
-        # The scale goes to the smallest array there is.
-        low = (linear(x, a.astype(x.dtype)).astype(jnp.float32) * scale).astype(x.dtype)
-        parts = jnp.split(low, len(roles), axis=-1)
-        return [
-            linear(part, self.adapters[role]["lora_b"].astype(x.dtype))
-            for role, part in zip(roles, parts, strict=True)
-        ]
+        return jnp.split(self._scaled(linear(x, a.astype(x.dtype))), len(roles), axis=-1)
+
+    def _dropout(self, place: int) -> tuple[float, jax.Array | None]:
+        """The rate and the key of an input's dropout; no key: nothing is dropped."""
+        rate, key = self.layer.settings.lora_dropout, self.layer.dropout_key
+        return rate, None if key is None or not rate else fold(fold(key, self.number), place)
+
+    def _scaled(self, low: jax.Array) -> jax.Array:
+        """An adapter's scale, dropout's included, where there is least to multiply."""
+        settings, scale = self.layer.settings, self.layer.settings.lora_scale
+        if self.layer.dropout_key is not None:
+            scale /= 1 - settings.lora_dropout
+        return checkpoint_name((low.astype(jnp.float32) * scale).astype(low.dtype), "low")
 
 
 def linear(x: jax.Array, weight: Matrix) -> jax.Array:
@@ -478,43 +498,6 @@ def _rotate(x_BxTxHxW: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BxTxHxW.dtype)
-
-
-def _feed_forward(project: _Projections, x: jax.Array) -> jax.Array:
-    gate, up = project(("gate_proj", "up_proj"), x, 2)
-    return project(("down_proj",), _gelu_product(gate, up), 3)[0]
-
-
-@jax.custom_vjp
-def _gelu_product(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """gelu(gate) · up with the tanh approximation, in float32 between.
-
-    (1 + tanh(u)) / 2 = sigmoid(2 u), which is fewer instructions.
-    """
-    x = gate.astype(jnp.float32)
-    gelu = x * jax.nn.sigmoid(_SLOPE * (x + _CUBIC * x * x * x))
-    return (gelu * up.astype(jnp.float32)).astype(gate.dtype)
-
-
-_SLOPE, _CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
-
-
-def _gelu_product_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _gelu_product(gate, up), (gate, up)
-
-
-def _gelu_product_backward(inputs: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Behind the barrier the sigmoid is computed again. Else it would be shared with the forward pass that
-    # remat repeats, and stored for that, in float32: twice the size of the input it follows from.
-    gate, up, d = jax.lax.optimization_barrier((*inputs, d))
-    x, wide = gate.astype(jnp.float32), d.astype(jnp.float32)
-    share = jax.nn.sigmoid(_SLOPE * (x + _CUBIC * x * x * x))
-    slope = share + x * share * (1 - share) * _SLOPE * (1 + 3 * _CUBIC * x * x)
-    d_gate, d_up = wide * up.astype(jnp.float32) * slope, wide * x * share
-    return d_gate.astype(gate.dtype), d_up.astype(up.dtype)
-
-
-_gelu_product.defvjp(_gelu_product_forward, _gelu_product_backward)
 
 
 def _experts(

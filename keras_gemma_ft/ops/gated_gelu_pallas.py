@@ -1,0 +1,313 @@
+"""`gated_gelu.adapted` as two Triton kernels written in Pallas, which read and write each wide array once.
+
+Forward, a program holds some tokens and runs through a share of the columns, adding up what down's A gives.
+Backward, it holds some columns and runs through a share of the tokens, adding up the gradients of A and of
+both B; the wide arrays' gradients are written on the way.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from keras_gemma_ft.ops.dropout import mix
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # deprecated since jax 0.11; without it this rung declines
+    plgpu = None  # type: ignore[assignment]
+
+SLOPE, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
+WIDEST_RANK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut.
+
+    Attributes:
+        tokens: Of a tile, a power of two, at least 16.
+        columns: Of a tile, likewise.
+        parts: Programs that share what one program would run through; fewer where tiles do not divide so.
+        warps: Warps of a program.
+        stages: Tiles in flight.
+    """
+
+    tokens: int
+    columns: int
+    parts: int
+    warps: int = 4
+    stages: int = 2
+
+
+FORWARD, BACKWARD = Tiling(64, 64, parts=4), Tiling(64, 64, parts=4)
+
+
+def gelu_and_share(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """gelu(x) with the tanh approximation, and the share of x that it is; float32.
+
+    (1 + tanh(u)) / 2 = sigmoid(2 u), which is fewer instructions.
+    """
+    share = jax.nn.sigmoid(SLOPE * (x + CUBIC * x * x * x))
+    return x * share, share
+
+
+def gelu_slope(x: jax.Array, share: jax.Array) -> jax.Array:
+    """gelu's derivative at x, from what `gelu_and_share` gives."""
+    return share + x * share * (1 - share) * SLOPE * (1 + 3 * CUBIC * x * x)
+
+
+def adapted(
+    gate: jax.Array,
+    up: jax.Array,
+    low_gate: jax.Array,
+    low_up: jax.Array,
+    b_gate: jax.Array,
+    b_up: jax.Array,
+    a_down: jax.Array,
+    rate: float,
+    key: jax.Array | None,
+    *,
+    tilings: tuple[Tiling, Tiling] = (FORWARD, BACKWARD),
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Arguments and results as in `gated_gelu.adapted`, and:
+
+    Args:
+        tilings: Of the kernels forward and backward.
+        interpret: Run the kernels' arithmetic in JAX, on any platform and in any dtype (slow).
+
+    Raises:
+        NotImplementedError: Operands that are not 16-bit floats, sizes that do not divide into tiles, a rank
+            above 128, or a JAX without Pallas-Triton.
+    """
+    if plgpu is None:
+        raise NotImplementedError("this JAX has no Triton backend for Pallas")
+    if not interpret and gate.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"needs bfloat16 or float16, got {gate.dtype}")
+    *outer, width = gate.shape
+    tokens, rank = int(np.prod(outer)), b_gate.shape[1]
+    if rank > WIDEST_RANK:
+        raise NotImplementedError(f"needs a rank of at most {WIDEST_RANK}, got {rank}")
+    for tiling in tilings:
+        if tokens % tiling.tokens or width % tiling.columns:
+            raise NotImplementedError(f"{tokens} tokens of width {width} do not divide into tiles")
+    padded = max(16, pl.next_power_of_2(rank))
+    flat = partial(jnp.reshape, shape=(tokens, -1))
+
+    def thin(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, ((0, 0), (0, padded - rank)))
+
+    product, low = _adapted(
+        rate if key is not None else 0.0,
+        tilings,
+        interpret,
+        flat(gate),
+        flat(up),
+        thin(flat(low_gate)),
+        thin(flat(low_up)),
+        thin(b_gate),
+        thin(b_up),
+        thin(a_down.T),
+        jnp.zeros((2,), jnp.uint32) if key is None else key,
+    )
+    return product.reshape(gate.shape), low[:, :rank].reshape(*outer, rank)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _adapted(rate, tilings, interpret, gate, up, low_gate, low_up, b_gate, b_up, a, key):
+    return _forward(rate, tilings, interpret, gate, up, low_gate, low_up, b_gate, b_up, a, key)[0]
+
+
+def _forward(rate, tilings, interpret, *arguments):
+    return forward(rate, tilings[0], interpret, *arguments), arguments
+
+
+def _backward(rate, tilings, interpret, arguments, gradients):
+    *arrays, key = arguments
+    _, _, low_gate, low_up, b_gate, b_up, _ = arrays
+    d_gate, d_up, *thin = backward(rate, tilings[1], interpret, *arrays, key, *gradients)
+    d_low_gate = _dot(d_gate, b_gate.astype(d_gate.dtype), 1, 0).astype(low_gate.dtype)
+    d_low_up = _dot(d_up, b_up.astype(d_up.dtype), 1, 0).astype(low_up.dtype)
+    return d_gate, d_up, d_low_gate, d_low_up, *thin, None
+
+
+_adapted.defvjp(_forward, _backward)
+
+
+def forward(
+    rate: float,
+    tiling: Tiling,
+    interpret: bool,
+    gate: jax.Array,
+    up: jax.Array,
+    low_gate: jax.Array,
+    low_up: jax.Array,
+    b_gate: jax.Array,
+    b_up: jax.Array,
+    a: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The product [M, F] and low [M, R], of arrays [M, F], [M, R], and a [F, R] like both B."""
+    tokens, rank = low_gate.shape
+    parts = math.gcd(gate.shape[1] // tiling.columns, tiling.parts)
+    thin = [array.astype(gate.dtype) for array in (b_gate, b_up, a)]
+    product, low = pl.pallas_call(
+        partial(_forward_kernel, rate, tiling),
+        grid=(tokens // tiling.tokens, parts),
+        out_shape=(
+            jax.ShapeDtypeStruct(gate.shape, gate.dtype),
+            jax.ShapeDtypeStruct((parts, tokens, rank), jnp.float32),
+        ),
+        compiler_params=_compiler_params(tiling),
+        interpret=interpret,
+        name="gated_gelu_forward",
+    )(gate, up, low_gate, low_up, *thin, key)
+    return product, low.sum(axis=0).astype(gate.dtype)
+
+
+def _forward_kernel(
+    rate,
+    tiling,
+    gate_ref,
+    up_ref,
+    low_gate_ref,
+    low_up_ref,
+    b_gate_ref,
+    b_up_ref,
+    a_ref,
+    key_ref,
+    product_ref,
+    low_ref,
+):
+    block, part = pl.program_id(0), pl.program_id(1)
+    rows = pl.ds(block * tiling.tokens, tiling.tokens)
+    low_gate, low_up = plgpu.load(low_gate_ref.at[rows, :]), plgpu.load(low_up_ref.at[rows, :])
+    mask = _Mask(rate, key_ref, block * tiling.tokens, tiling.tokens)
+    tiles = gate_ref.shape[1] // (pl.num_programs(1) * tiling.columns)
+
+    def step(i, low):
+        first = (part * tiles + i) * tiling.columns
+        columns = pl.ds(first, tiling.columns)
+        x = plgpu.load(gate_ref.at[rows, columns]).astype(jnp.float32)
+        y = plgpu.load(up_ref.at[rows, columns]).astype(jnp.float32)
+        x += _dot(low_gate, plgpu.load(b_gate_ref.at[columns, :]), 1, 1)
+        y += _dot(low_up, plgpu.load(b_up_ref.at[columns, :]), 1, 1)
+        product = gelu_and_share(x)[0] * y
+        plgpu.store(product_ref.at[rows, columns], product.astype(product_ref.dtype))
+        dropped = mask(product, first).astype(product_ref.dtype)
+        return low + _dot(dropped, plgpu.load(a_ref.at[columns, :]), 1, 0)
+
+    zeros = jnp.zeros((tiling.tokens, a_ref.shape[1]), jnp.float32)
+    plgpu.store(low_ref.at[part, rows, :], jax.lax.fori_loop(0, tiles, step, zeros))
+
+
+def backward(
+    rate: float,
+    tiling: Tiling,
+    interpret: bool,
+    gate: jax.Array,
+    up: jax.Array,
+    low_gate: jax.Array,
+    low_up: jax.Array,
+    b_gate: jax.Array,
+    b_up: jax.Array,
+    a: jax.Array,
+    key: jax.Array,
+    d_product: jax.Array,
+    d_low: jax.Array,
+) -> list[jax.Array]:
+    """The gradients of gate and up [M, F], and of b_gate, b_up and a, float32 [F, R]."""
+    tokens, width = gate.shape
+    parts = math.gcd(tokens // tiling.tokens, tiling.parts)
+    thin = [array.astype(gate.dtype) for array in (b_gate, b_up, a)]
+    wide = jax.ShapeDtypeStruct(gate.shape, gate.dtype)
+    partial_sums = jax.ShapeDtypeStruct((parts, *a.shape), jnp.float32)
+    d_gate, d_up, *sums = pl.pallas_call(
+        partial(_backward_kernel, rate, tiling),
+        grid=(width // tiling.columns, parts),
+        out_shape=(wide, wide, partial_sums, partial_sums, partial_sums),
+        compiler_params=_compiler_params(tiling),
+        interpret=interpret,
+        name="gated_gelu_backward",
+    )(gate, up, low_gate, low_up, *thin, key, d_product, d_low)
+    return [d_gate, d_up, *(array.sum(axis=0) for array in sums)]
+
+
+def _backward_kernel(
+    rate,
+    tiling,
+    gate_ref,
+    up_ref,
+    low_gate_ref,
+    low_up_ref,
+    b_gate_ref,
+    b_up_ref,
+    a_ref,
+    key_ref,
+    d_product_ref,
+    d_low_ref,
+    d_gate_ref,
+    d_up_ref,
+    *sum_refs,
+):
+    block, part = pl.program_id(0), pl.program_id(1)
+    columns = pl.ds(block * tiling.columns, tiling.columns)
+    b_gate, b_up = plgpu.load(b_gate_ref.at[columns, :]), plgpu.load(b_up_ref.at[columns, :])
+    a = plgpu.load(a_ref.at[columns, :])
+    tiles = gate_ref.shape[0] // (pl.num_programs(1) * tiling.tokens)
+
+    def step(i, sums):
+        first = (part * tiles + i) * tiling.tokens
+        rows = pl.ds(first, tiling.tokens)
+        low_gate, low_up = plgpu.load(low_gate_ref.at[rows, :]), plgpu.load(low_up_ref.at[rows, :])
+        d_low = plgpu.load(d_low_ref.at[rows, :])
+        mask = _Mask(rate, key_ref, first, tiling.tokens)
+        x = plgpu.load(gate_ref.at[rows, columns]).astype(jnp.float32) + _dot(low_gate, b_gate, 1, 1)
+        y = plgpu.load(up_ref.at[rows, columns]).astype(jnp.float32) + _dot(low_up, b_up, 1, 1)
+        d = plgpu.load(d_product_ref.at[rows, columns]).astype(jnp.float32)
+        d += mask(_dot(d_low, a, 1, 1), block * tiling.columns)
+        gelu, share = gelu_and_share(x)
+        d_gate = (d * y * gelu_slope(x, share)).astype(d_gate_ref.dtype)
+        d_up = (d * gelu).astype(d_up_ref.dtype)
+        plgpu.store(d_gate_ref.at[rows, columns], d_gate)
+        plgpu.store(d_up_ref.at[rows, columns], d_up)
+        dropped = mask(gelu * y, block * tiling.columns).astype(d_low.dtype)
+        updates = (_dot(d_gate, low_gate, 0, 0), _dot(d_up, low_up, 0, 0), _dot(dropped, d_low, 0, 0))
+        return tuple(total + update for total, update in zip(sums, updates, strict=True))
+
+    zeros = jnp.zeros((tiling.columns, a_ref.shape[1]), jnp.float32)
+    for ref, total in zip(sum_refs, jax.lax.fori_loop(0, tiles, step, (zeros,) * 3), strict=True):
+        plgpu.store(ref.at[part, columns, :], total)
+
+
+class _Mask:
+    """The dropout of some rows of an array: what `dropout.drop` keeps, tile by tile."""
+
+    def __init__(self, rate, key_ref, first, tokens):
+        self.least = np.uint32(rate * 2**32)
+        if rate:
+            key = key_ref[0], key_ref[1]
+            rows = (first + jnp.arange(tokens, dtype=jnp.int32)).astype(jnp.uint32)
+            self.step = key[1] | np.uint32(1)
+            self.start = mix(mix(rows + key[0]) ^ key[1])
+
+    def __call__(self, tile, first):
+        """The tile [tokens, columns] whose first column is `first`, with zeros where elements are dropped."""
+        if not self.least:
+            return tile
+        columns = (first + jnp.arange(tile.shape[1], dtype=jnp.int32)).astype(jnp.uint32) * self.step
+        return jnp.where(mix(columns[None, :] + self.start[:, None]) >= self.least, tile, 0)
+
+
+def _dot(x, y, x_axis, y_axis):
+    """The float32 product of two matrices over one axis of each."""
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _compiler_params(tiling: Tiling):
+    return plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages)
