@@ -1,13 +1,19 @@
 """Tables in the host's memory, of which a step fetches only the rows that it looks up.
 
-For tables too large for the device's memory that are read, and never multiplied: the rows are gathered by the
-host's processor, inside the program, and what crosses the bus is the rows.
+For tables too large for the device's memory that are read, and never multiplied: what crosses the bus is the
+rows. A GPU reads them itself; for other devices the host's processor gathers them, inside the program.
 """
 
 from typing import Any
 
 import jax
 from jax.experimental import compute_on
+from jax.experimental import pallas as pl
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # deprecated since jax 0.11; without it the host gathers
+    plgpu = None  # type: ignore[assignment]
 
 
 def place(table: Any) -> jax.Array:
@@ -33,10 +39,36 @@ def holds(table: Any) -> bool:
 
 def gather_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows `ids` (int [...]) of a table [V, D] that `place` gave, on the device, [..., D]; no gradient."""
+    table = jax.lax.stop_gradient(table)
+    if jax.default_backend() == "gpu" and plgpu is not None:
+        return read_rows(table, ids)
     rows = _on_host(
         lambda table, ids: table[ids], compute_type="device_host", out_memory_spaces=jax.memory.Space.Host
-    )(jax.lax.stop_gradient(table), jax.device_put(ids, jax.memory.Space.Host))
+    )(table, jax.device_put(ids, jax.memory.Space.Host))
     return jax.device_put(rows, jax.memory.Space.Device)
+
+
+def read_rows(table: jax.Array, ids: jax.Array, interpret: bool = False) -> jax.Array:
+    """`gather_rows` by a kernel of the GPU, which reads the host's pinned memory over the bus itself.
+
+    8,192 rows of 10,752 bfloat16 take 3.6 ms so, at the bus's speed, and 11 to 45 where the host gathers
+    them for the GPU to copy (H200, jax 0.11.2).
+    """
+    width = table.shape[1]
+    piece = min(width & -width, 1024)  # a power of two
+
+    def kernel(table_ref, ids_ref, rows_ref):
+        row, columns = pl.program_id(0), pl.ds(pl.program_id(1) * piece, piece)
+        plgpu.store(rows_ref.at[row, columns], plgpu.load(table_ref.at[ids_ref[row], columns]))
+
+    rows = pl.pallas_call(
+        kernel,
+        grid=(ids.size, width // piece),
+        out_shape=jax.ShapeDtypeStruct((ids.size, width), table.dtype),
+        interpret=interpret,
+        name="read_rows",
+    )(table, ids.reshape(-1))
+    return rows.reshape(*ids.shape, width)
 
 
 # Until jax 0.10 `compute_on` is a context manager, and this function has another name.

@@ -119,7 +119,8 @@ def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat
         return _int8_values(tensor.codes, tensor.absmax, dtype)
     absmax = tensor.absmax
     if tensor.nested is not None and tensor.offset is not None:
-        absmax = nf4.dequantize_absmax(absmax, tensor.nested, tensor.offset)
+        # Behind the barrier the scales are computed once each, not once for each weight.
+        absmax = jax.lax.optimization_barrier(nf4.dequantize_absmax(absmax, tensor.nested, tensor.offset))
     return nf4.dequantize_blocks(tensor.codes, absmax, dtype)
 
 
