@@ -8,9 +8,11 @@ from pathlib import Path
 
 CACHE, JAX_CACHE = "KERAS_GEMMA_FT_CACHE", "JAX_COMPILATION_CACHE_DIR"
 # Products with adapters' thin factors go to cuBLAS, which adds them to the large product in place. With
-# Triton in the choice, E4B's step is 1% slower and takes 40 s to compile, not 14.
-# Measured on an H100 with jax 0.11.2, 2026-11-25.
-FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
+# Triton in the choice, E4B's step is 1% slower and takes 40 s to compile, not 14 (H100, jax 0.11.2).
+# A product that the scan over layers keeps for the backward pass would be computed twice: once into the stack
+# of what is kept, by a "dynamic slice fusion", and once for the next operation (H200, jax 0.11.2: 31B with
+# remat=feed_forward ran 240 products of gate's size forward, not 120).
+FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_gpu_enable_dynamic_slice_fusion=false")
 
 
 def prepare(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -335,10 +335,21 @@ FIELDS: tuple[Field, ...] = (
         "train.remat",
         "full",
         "what the backward pass computes again: full keeps each layer's input; attention also what "
-        "attention's backward pass needs; matmuls also the projections' outputs; none keeps all; offload "
-        "keeps each layer's input in host memory; auto compiles one after the other, the fastest first, "
-        "until a step fits the device",
-        choices=("auto", "full", "attention", "outputs", "feed_forward", "matmuls", "none", "offload"),
+        "attention's backward pass needs; down instead what the feed-forward network gives; outputs both; "
+        "feed_forward also what gate, up and attention's output projection give; matmuls all projections' "
+        "outputs; none keeps all; offload keeps each layer's input in host memory; auto compiles one after "
+        "the other, the fastest first, until a step fits the device",
+        choices=(
+            "auto",
+            "full",
+            "attention",
+            "down",
+            "outputs",
+            "feed_forward",
+            "matmuls",
+            "none",
+            "offload",
+        ),
         recommended="auto on accelerators, whose compiler takes half a minute for each; full to save memory",
     ),
     Field(

@@ -31,8 +31,8 @@ from keras_gemma_ft.ops.quantize import QuantizedTensor, dequantize, gather_rows
 Table: TypeAlias = jax.Array | QuantizedTensor
 
 # Logits of 1024 x 16384 exist at a time: 64 MiB in float32, half of that for their gradient in bfloat16. From
-# 8192 tokens on, chunks are twice as long and blocks half as large: 43.6 ms in place of 47.2 for 8192 tokens of
-# E4B on an H200, and still no more than a quarter of a batch is computed for nothing.
+# 8192 tokens on, chunks are twice as long and blocks half as large: 43.6 ms in place of 47.2 (H200, E4B, 8192
+# tokens), and still no more than a quarter of a batch is computed for nothing.
 CHUNK_TOKENS, BLOCK_ROWS, MANY_TOKENS = 1024, 16384, 8192
 # Where the soft cap is at most this, exp(±cap) and their sums stay within float32 and bfloat16.
 LARGEST_BOUND = 60.0

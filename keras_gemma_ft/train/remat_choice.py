@@ -14,7 +14,16 @@ from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 from keras_gemma_ft.model.gemma4 import Remat
 
 # From what computes least again to what keeps least on the device; docs/performance.md has their speeds.
-LADDER: tuple[Remat, ...] = ("none", "matmuls", "feed_forward", "outputs", "attention", "full", "offload")
+LADDER: tuple[Remat, ...] = (
+    "none",
+    "matmuls",
+    "feed_forward",
+    "outputs",
+    "down",
+    "attention",
+    "full",
+    "offload",
+)
 # The rest is for what lies beside the step: the next batch, and gaps between the allocator's blocks.
 SHARE = 0.95
 

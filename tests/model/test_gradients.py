@@ -175,7 +175,9 @@ heavy = pytest.mark.heavy
     [
         pytest.param({"remat": "none"}, id="none"),
         pytest.param({"remat": "matmuls", "unroll": True}, id="matmuls unrolled"),
+        pytest.param({"remat": "down"}, id="down", marks=heavy),
         pytest.param({"remat": "outputs"}, id="outputs", marks=heavy),
+        pytest.param({"remat": "feed_forward"}, id="feed_forward", marks=heavy),
         pytest.param({"remat": "attention"}, id="attention", marks=heavy),
         pytest.param({"remat": "matmuls"}, id="matmuls", marks=heavy),
         pytest.param({"remat": "offload"}, id="offload", marks=heavy),

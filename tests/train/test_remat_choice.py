@@ -62,10 +62,18 @@ def test_every_policy_can_be_configured_and_is_tried():
 
 @pytest.mark.parametrize(
     ("limit", "taken"),
-    [(90, "none"), (45, "matmuls"), (44, "matmuls"), (43, "outputs"), (32, "attention"), (10, "offload")],
+    [
+        (90, "none"),
+        (45, "matmuls"),
+        (44, "matmuls"),
+        (43, "outputs"),
+        (32, "down"),
+        (30, "attention"),
+        (10, "offload"),
+    ],
 )
 def test_the_fastest_that_fits(sizes, limit, taken):
-    sizes(none=80, matmuls=44, outputs=33, attention=30, full=20, offload=9)
+    sizes(none=80, matmuls=44, feed_forward=43.5, outputs=33, down=31, attention=30, full=20, offload=9)
     model = build()
     choice = remat_choice.choose_remat(model, BATCH, limit=limit * GIB)
     assert choice.remat == model.settings.remat == taken
@@ -73,17 +81,17 @@ def test_the_fastest_that_fits(sizes, limit, taken):
 
 
 def test_it_says_why(sizes):
-    sizes(none=None, matmuls=44.1, outputs=40.5, attention=30.25)
+    sizes(none=None, matmuls=44.1, feed_forward=43, outputs=40.5, down=40.25, attention=30.25)
     choice = remat_choice.choose_remat(build(), BATCH, limit=40 * GIB)
     assert str(choice) == (
         "remat: attention; of 40.00 GiB attention needs 30.25 GiB, none does not compile, "
-        "matmuls needs 44.10 GiB, outputs needs 40.50 GiB"
+        "matmuls needs 44.10 GiB, feed_forward needs 43.00 GiB, outputs needs 40.50 GiB, down needs 40.25 GiB"
     )
 
 
 @pytest.mark.parametrize(("method", "remedy"), [("lora", "method=qlora"), ("qlora", "embedding=int8")])
 def test_nothing_fits(sizes, method, remedy):
-    sizes(none=80, matmuls=44, outputs=33, attention=30, full=20, offload=9.5)
+    sizes(none=80, matmuls=44, feed_forward=43, outputs=33, down=31, attention=30, full=20, offload=9.5)
     model = build()
     model.micro_batch_size = 2
     message = r"train.remat: .* at least 9.50 GiB, and 8.00 GiB .*\n.*micro_batch_size below 2, .*" + remedy
