@@ -4,7 +4,6 @@
     python benchmarks/gpu.py --only=e4b,31b         # rows whose name holds "e4b" or "31b"
     python benchmarks/gpu.py --warm                 # the first step a second time, its program in the cache
     python benchmarks/gpu.py --vs-peft              # beside it the same steps in transformers and PEFT
-    python benchmarks/gpu.py --ahead                # all models are made at once; steps run one row at a time
     python benchmarks/gpu.py --case='--model=e4b --remat=none'
 
 A row is a command line of benchmarks/step.py, which says what the figures are, and of its counterpart
@@ -23,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,12 @@ FAST = "--remat=matmuls --unroll"
 
 # Lean: little memory. Fast: memory is there to be used. Smallest: one row. Why these: docs/performance.md.
 CASES: dict[str, str] = {
-    "e2b lora lean": f"--model=e2b {HOST}",
+    "e2b lora lean": f"--model=e2b {HOST} --remat=outputs",
     "e2b lora fast": f"--model=e2b {FAST}",
     "e2b lora smallest": f"--model=e2b {HOST} --rows=1",
     "e2b qlora lean": f"--model=e2b {QLORA}",
     "e2b qlora smallest": f"--model=e2b {QLORA} --rows=1",
-    "e4b lora lean": f"--model=e4b {HOST}",
+    "e4b lora lean": f"--model=e4b {HOST} --remat=outputs",
     "e4b lora fast": f"--model=e4b {FAST}",
     "e4b lora smallest": f"--model=e4b {HOST} --rows=1",
     "e4b qlora lean": f"--model=e4b {QLORA}",
@@ -52,16 +50,14 @@ CASES: dict[str, str] = {
     "26b-a4b qlora smallest": f"--model=26b_a4b {QLORA} --rows=1",
     "31b lora lean": "--model=31b --micro-batch=1",
     "31b lora smallest": "--model=31b --rows=1",
-    "31b qlora lean": f"--model=31b {QLORA} --micro-batch=2",
-    "31b qlora fast": f"--model=31b {QLORA} --remat=outputs",
+    "31b qlora lean": f"--model=31b {QLORA} --micro-batch=2 --remat=down",
+    "31b qlora fast": f"--model=31b {QLORA} --remat=feed_forward",
     "31b qlora smallest": f"--model=31b {QLORA} --rows=1",
     "e4b lora 32k": "--model=e4b --rows=1 --length=32768",
 }
 
 
-def measure(
-    case: Sequence[str], seconds: float, warm: bool, vs_peft: bool, turn: str | None = None
-) -> dict[str, Any]:
+def measure(case: Sequence[str], seconds: float, warm: bool, vs_peft: bool) -> dict[str, Any]:
     """A row of the table.
 
     Args:
@@ -69,15 +65,13 @@ def measure(
         seconds: The most that each measurement may take.
         warm: Whether the first step is measured again, in a new process.
         vs_peft: Whether PEFT's step is measured, too.
-        turn: A file whose lock a row must hold from its compilation to its end.
     """
-    turns = ["--turn", turn] if turn else []
     with tempfile.TemporaryDirectory() as directory:
         # Every program is kept: a first step waits for small ones, too.
         environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", CACHE: directory, **os.environ}
-        result = run_apart(HERE / "step.py", [*case, *turns], seconds, environment)
+        result = run_apart(HERE / "step.py", case, seconds, environment)
         if warm and "error" not in result:
-            again = run_apart(HERE / "step.py", [*case, *turns, "--steps=1"], seconds, environment)
+            again = run_apart(HERE / "step.py", [*case, "--steps=1"], seconds, environment)
             names = ("trace_s", "compile_s", "compile_cached", "first_step_s", "error")
             result["warm"] = {name: again[name] for name in names if name in again}
     if vs_peft:
@@ -123,27 +117,13 @@ def main() -> None:
     parser.add_argument("--case", help="a row that is not in the table: arguments of step.py")
     parser.add_argument("--warm", action="store_true", help="measure the first step with a warm cache, too")
     parser.add_argument("--vs-peft", action="store_true", help="measure transformers and PEFT, too")
-    parser.add_argument(
-        "--ahead", action="store_true", help="make all models at once; they must fit together"
-    )
     parser.add_argument("--seconds", type=float, default=240, help="the most that one measurement may take")
     given = parser.parse_args()
-    if given.ahead and given.vs_peft:
-        parser.error("--vs-peft waits for no turn: leave --ahead out")
     parts = given.only.split(",")
     cases = {name: case for name, case in CASES.items() if any(part in name for part in parts)}
-    if given.case:
-        cases = {given.case: given.case}
-    # Waiting for a turn counts as time taken.
-    seconds, workers = (given.seconds * len(cases), len(cases)) if given.ahead else (given.seconds, 1)
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(workers) as pool:
-        turn = str(Path(directory) / "turn") if given.ahead else None
-        rows = {
-            pool.submit(measure, shlex.split(case), seconds, given.warm, given.vs_peft, turn): name
-            for name, case in cases.items()
-        }
-        for row in as_completed(rows):
-            print(json.dumps({"name": rows[row], **row.result()}), flush=True)
+    for name, case in {given.case: given.case}.items() if given.case else cases.items():
+        result = measure(shlex.split(case), given.seconds, given.warm, given.vs_peft)
+        print(json.dumps({"name": name, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
 import json
 import os
 import resource
@@ -75,9 +74,6 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=8, help="that are timed, after the first")
     parser.add_argument("--profile", action="store_true", help="kernels of one more step by time")
-    parser.add_argument(
-        "--turn", help="a file whose lock to wait for before compiling, and to hold to the end"
-    )
     parser.add_argument("--program", help="a file for the compiled program; the profile then has its names")
     case = parser.parse_args(given)
     if case.method == "qlora":
@@ -98,9 +94,7 @@ def _quantization(given: str) -> dict[str, str]:
 
 def described(case: argparse.Namespace) -> dict[str, Any]:
     """What of a case belongs to its result."""
-    return {
-        name: value for name, value in vars(case).items() if name != "turn" and value not in (None, {}, False)
-    }
+    return {name: value for name, value in vars(case).items() if value not in (None, {}, False)}
 
 
 def decoder(model: str) -> Any:
@@ -165,7 +159,6 @@ def measure(case: argparse.Namespace) -> dict[str, Any]:
     batch = {name: jax.device_put(value) for name, value in batch.items()}
     jax.block_until_ready([variable.value for variable in model.variables])
     made = time.perf_counter()
-    make_seconds = made - began
     state = (
         [variable.value for variable in model.trainable_variables],
         [variable.value for variable in model.non_trainable_variables],
@@ -179,9 +172,6 @@ def measure(case: argparse.Namespace) -> dict[str, Any]:
 
     lowered = jax.jit(model.train_step, donate_argnums=0).lower(state, batch)
     traced = time.perf_counter()
-    if case.turn:
-        fcntl.flock(os.open(case.turn, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
-        made, traced = (moment + time.perf_counter() - traced for moment in (made, traced))
     step, cached = _compiled(lowered)
     compiled = time.perf_counter()
     logs, state = step(state, batch)
@@ -220,7 +210,7 @@ def measure(case: argparse.Namespace) -> dict[str, Any]:
              - analysis.alias_size_in_bytes) / 2**30, 2),
         "state_gib": round(state_bytes / 2**30, 2),
         "trainable_parameters": trainable,
-        "make_s": round(make_seconds, 1),
+        "make_s": round(made - began, 1),
         "trace_s": round(traced - made, 1),
         "compile_s": round(compiled - traced, 1),
         "compile_cached": cached,
