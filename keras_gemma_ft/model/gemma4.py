@@ -430,10 +430,9 @@ class _Projections:
             return self(("down_proj",), gelu_product(*self(roles, x, 2)), 3)[0]
         gate, up = (checkpoint_name(linear(x, self.weights[role]), role) for role in roles)
         b_gate, b_up, b_down = (self.adapters[role]["lora_b"] for role in (*roles, "down_proj"))
-        rate, key = self._dropout(3)
-        product, low = gated_gelu.adapted(
-            gate, up, *self._low(roles, x, 2), b_gate, b_up, self.adapters["down_proj"]["lora_a"], rate, key
-        )
+        low_gate, low_up = self._low(roles, x, 2)
+        a_down, (rate, key) = self.adapters["down_proj"]["lora_a"], self._dropout(3)
+        product, low = gated_gelu.adapted(gate, up, low_gate, low_up, b_gate, b_up, a_down, rate, key)
         change = linear(self._scaled(low), b_down.astype(x.dtype))
         return checkpoint_name(linear(product, self.weights["down_proj"]) + change, "down_proj")
 

@@ -268,15 +268,7 @@ def _load_one(
     if weight.use == "embedding":
         return quantize_pieces(_pieces(source.part(weight, ())), kind)
     parts = (_quantize(jnp.asarray(source.part(weight, index)), kind) for index in indices)
-    if not weight.in_layers:
-        return next(parts)
-    # Each part goes to its place at once: kept and stacked in the end, they would exist twice.
-    stack: Any = None
-    for place, part in enumerate(parts):
-        if stack is None:
-            stack = jax.tree.map(lambda leaf: jnp.zeros((len(indices), *leaf.shape), leaf.dtype), part)
-        stack = _put_layer(stack, part, place)
-    return jax.tree.map(lambda leaf: leaf.reshape(*weight.layers.shape, *leaf.shape[1:]), stack)
+    return _in_place(weight, indices, parts) if weight.in_layers else next(parts)
 
 
 _quantize = jax.jit(quantize, static_argnums=1)
@@ -307,10 +299,9 @@ def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dty
             table, row = _put_rows(table, piece, row), row + len(piece)
         return table
     if isinstance(first, jax.Array):
-        out = jnp.zeros((len(indices), *weight.shape), dtype)
-        for place, index in enumerate(indices):
-            out = _put_layer(out, source.part(weight, index), place)
-        return out.reshape(weight.stacked_shape)
+        if not weight.in_layers:
+            return first.astype(dtype)
+        return _in_place(weight, indices, (source.part(weight, index).astype(dtype) for index in indices))
     stacked = np.empty(weight.stacked_shape, jnp.dtype(dtype))
     for index in indices:
         stacked[index] = source.part(weight, index)
@@ -323,9 +314,28 @@ def _put_rows(out: jax.Array, rows: jax.Array, place: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(out, rows.astype(out.dtype), place, 0)
 
 
+def _in_place(weight: Weight, indices: Iterable[tuple[int, ...]], parts: Iterable[Any]) -> Any:
+    """A stack of the layers' parts, each put to its place at once.
+
+    Kept until the end and stacked then, they would exist twice; and so would a stack that changes its shape.
+    """
+    stack: Any = None
+    for index, part in zip(indices, parts, strict=True):
+        if stack is None:
+            stack = jax.tree.map(
+                lambda leaf: jnp.zeros((*weight.layers.shape, *leaf.shape), leaf.dtype), part
+            )
+        stack = _put_layer(stack, part, np.array(index, np.int32))
+    return stack
+
+
 @jax.jit(donate_argnums=0)
-def _put_layer(stack: Any, layer: Any, place: int) -> Any:
-    return jax.tree.map(lambda out, part: _put_rows(out, part[None], place), stack, layer)
+def _put_layer(stack: Any, layer: Any, place: jax.Array) -> Any:
+    def put(out: jax.Array, part: jax.Array) -> jax.Array:
+        start = [*place, *[0] * part.ndim]
+        return jax.lax.dynamic_update_slice(out, part.reshape((1,) * len(place) + part.shape), start)
+
+    return jax.tree.map(put, stack, layer)
 
 
 def _pieces(matrix: Any) -> Iterable[Any]:

@@ -131,9 +131,8 @@ def _forward(rate, tilings, interpret, *arguments):
 
 
 def _backward(rate, tilings, interpret, arguments, gradients):
-    *arrays, key = arguments
-    _, _, low_gate, low_up, b_gate, b_up, _ = arrays
-    d_gate, d_up, *thin = backward(rate, tilings[1], interpret, *arrays, key, *gradients)
+    _, _, low_gate, low_up, b_gate, b_up, _, _ = arguments
+    d_gate, d_up, *thin = backward(rate, tilings[1], interpret, *arguments, *gradients)
     d_low_gate = _dot(d_gate, b_gate.astype(d_gate.dtype), 1, 0).astype(low_gate.dtype)
     d_low_up = _dot(d_up, b_up.astype(d_up.dtype), 1, 0).astype(low_up.dtype)
     return d_gate, d_up, d_low_gate, d_low_up, *thin, None
