@@ -55,7 +55,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("lora", "qlora", "full"), default="lora")
     parser.add_argument(
         "--quantization",
-        type=_quantization,
+        type=quantization_parts,
         help="KIND or PART=KIND, with commas between; lora takes per_layer_embedding=host and no other",
     )
     parser.add_argument("--rows", type=int, default=4, help="of a step")
@@ -86,7 +86,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return case
 
 
-def _quantization(given: str) -> dict[str, str]:
+def quantization_parts(given: str) -> dict[str, str]:
     """`nf4,embedding=int8` → weights in NF4, and the embedding in int8."""
     parts = (part.rpartition("=") for part in given.split(","))
     return {name or "weights": kind for name, _, kind in parts}
