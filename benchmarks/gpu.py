@@ -36,7 +36,7 @@ CASES: dict[str, str] = {
     "e2b lora lean": f"--model=e2b {HOST} --remat=outputs",
     "e2b lora fast": f"--model=e2b {FAST}",
     "e2b lora smallest": f"--model=e2b {HOST} --rows=1",
-    "e2b qlora lean": f"--model=e2b {QLORA}",
+    "e2b qlora lean": f"--model=e2b {QLORA} --remat=down",
     "e2b qlora smallest": f"--model=e2b {QLORA} --rows=1",
     "e4b lora lean": f"--model=e4b {HOST} --remat=outputs",
     "e4b lora fast": f"--model=e4b {FAST}",

@@ -8,7 +8,7 @@ is asked to forget the files (`posix_fadvise`). Prints
 
     read_s, load_s          for the bytes of all files; for a model that is ready on the device
     model_gib, peak_gib     of the device; without memory of its own, peak_of says of what
-    largest_gib             of the largest stack of matrices in bfloat16, by which the peak may exceed the model
+    largest_gib             of the largest stack in bfloat16, by which the peak may exceed the model
 """
 
 from __future__ import annotations
