@@ -46,7 +46,8 @@ def seconds(function: Callable[..., Any], *arguments: Any, at_least: float = 0.3
     calls = 1
     while True:
         begin = time.perf_counter()
-        out = [function(*arguments) for _ in range(calls)][-1]
+        for _ in range(calls):  # of whose results the last alone is kept
+            out = function(*arguments)
         jax.block_until_ready(out)
         spent = time.perf_counter() - begin
         if spent > at_least:

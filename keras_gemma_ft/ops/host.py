@@ -65,6 +65,7 @@ def read_rows(table: jax.Array, ids: jax.Array, interpret: bool = False) -> jax.
         kernel,
         grid=(ids.size, width // piece),
         out_shape=jax.ShapeDtypeStruct((ids.size, width), table.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="read_rows",
     )(table, ids.reshape(-1))

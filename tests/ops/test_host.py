@@ -21,6 +21,20 @@ def test_rows_are_the_tables_and_lie_on_the_device(table):
     assert (placed.sharding.memory_kind, rows.sharding.memory_kind) == ("pinned_host", "device")
 
 
+@pytest.mark.parametrize("width", [8, 7 * 256, 2048], ids=["small", "of pieces", "wide"])
+def test_a_gpus_own_reading_gives_the_same(width):
+    table = np.arange(50 * width, dtype=np.float32).reshape(50, width)
+    ids = jnp.asarray([[3, 49, 0], [3, 3, 7]])
+    rows = host.read_rows(jnp.asarray(table), ids, interpret=True)
+    np.testing.assert_array_equal(rows, table[np.asarray(ids)])
+
+
+def test_a_gpus_own_reading_lowers_for_it():
+    table = jax.ShapeDtypeStruct((262_144, 35 * 256), jnp.bfloat16)
+    traced = jax.jit(host.read_rows).trace(table, jax.ShapeDtypeStruct((4, 2048), jnp.int32))
+    assert "read_rows" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_only_a_placed_table_is_held(table):
     held = []
     jax.eval_shape(
