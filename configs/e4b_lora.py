@@ -3,7 +3,7 @@
     keras-gemma-ft train --config=e4b_lora --workdir=runs/e4b_lora --config.data.train=train.jsonl
 
 One GPU; the guide's memory budget for it is 18 GB. The per-layer embedding stays in the host's memory for it.
-`train.micro_batch_size` trades memory for speed and changes nothing else.
+`train.micro_batch_size` and `train.remat` trade memory for speed and change nothing else.
 """
 
 from ml_collections import ConfigDict
@@ -17,4 +17,5 @@ def get_config() -> ConfigDict:
     config.method = "lora"
     config.quantization.per_layer_embedding = "host"
     config.train.micro_batch_size = 4
+    config.train.remat = "down"
     return config
