@@ -9,7 +9,8 @@ one pass forward and one backward; two rungs:
 - "pallas": Triton through Pallas, for NVIDIA GPUs. See `gated_gelu_pallas.py`.
 """
 
-from functools import partial
+import logging
+from functools import cache, partial
 from typing import Literal
 
 import jax
@@ -61,10 +62,17 @@ def adapted(
     if implementation == "pallas" or (implementation == "auto" and jax.default_backend() == "gpu"):
         try:
             return gated_gelu_pallas.adapted(*arguments, rate, key)
-        except NotImplementedError:
+        except NotImplementedError as reason:
             if implementation == "pallas":
                 raise
+            _log_declined(str(reason))
     return _xla(*arguments, rate, key)
+
+
+@cache
+def _log_declined(reason: str) -> None:
+    """Logs each reason once a process."""
+    logging.getLogger(__name__).info("gated_gelu runs on xla; pallas declines: %s", reason)
 
 
 def _xla(gate, up, low_gate, low_up, b_gate, b_up, a_down, rate, key):

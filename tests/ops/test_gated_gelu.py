@@ -1,5 +1,7 @@
 """The feed-forward network's nonlinearity with its adapters: interpreted kernels against plain operations."""
 
+import logging
+import re
 from functools import partial
 
 import jax
@@ -90,9 +92,15 @@ def test_they_lower_for_a_gpu_at_published_widths(width):
     ],
     ids=["dtype", "tokens", "width", "rank"],
 )
-def test_what_the_kernels_decline(given, reason, monkeypatch):
+def test_what_the_kernels_decline(given, reason, monkeypatch, caplog):
     with pytest.raises(NotImplementedError, match=reason):
         gated_gelu.adapted(*given, implementation="pallas")
-    # On a GPU the other rung then takes it.
+    # On a GPU the other rung then takes it, and says why, once.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert gated_gelu.adapted(*given)[0].shape == given[0].shape
+    caplog.set_level(logging.INFO, gated_gelu.__name__)
+    gated_gelu._log_declined.cache_clear()
+    for _ in range(2):
+        assert gated_gelu.adapted(*given)[0].shape == given[0].shape
+    (message,) = caplog.messages
+    assert message.startswith("gated_gelu runs on xla; pallas declines")
+    assert re.search(reason, message)
