@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
+from keras_gemma_ft.ops import nvidia
 from keras_gemma_ft.ops.attention_blocks import visited_keys, visited_queries
 from keras_gemma_ft.ops.attention_mask import RESIDUALS, may_attend
 
@@ -110,24 +111,14 @@ def attention(
     dim = q.shape[-1]
     if dim < 16 or dim > 512 or dim & (dim - 1):
         raise NotImplementedError(f"head dim must be a power of two from 16 to 512, got {dim}")
-    capability = _compute_capability()
     if not interpret:
-        if capability is None or capability < 8.0:
-            kind = jax.devices()[0].device_kind
-            raise NotImplementedError(
-                f"needs an NVIDIA GPU of compute capability 8.0 or more, this is {kind}"
-            )
+        nvidia.require()
         if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
             raise NotImplementedError(f"needs bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}")
     if tuning is None:
-        tuning = (TUNING if capability in LARGE_SHARED_MEMORY else MODEST_TUNING).get(dim, SMALL)
+        large = nvidia.compute_capability() in LARGE_SHARED_MEMORY
+        tuning = (TUNING if large else MODEST_TUNING).get(dim, SMALL)
     return flash_attention(window, tuning, interpret, q, k, v, segment_ids)
-
-
-def _compute_capability() -> float | None:
-    """The NVIDIA GPU's; None on other devices."""
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return float(capability) if capability.replace(".", "", 1).isdigit() else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

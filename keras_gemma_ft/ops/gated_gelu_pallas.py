@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from keras_gemma_ft.ops import nvidia
 from keras_gemma_ft.ops.dropout import mix
 
 try:
@@ -24,7 +25,7 @@ except ImportError:  # deprecated since jax 0.11; without it this rung declines
 SLOPE, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
 BASE_2_SLOPE = np.float32(-SLOPE * np.log2(np.e))  # a GPU's exponential has base 2
 BASE_2_CUBIC = np.float32(BASE_2_SLOPE * CUBIC)
-WIDEST_RANK = 128
+WIDEST_RANK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +87,42 @@ def adapted(
 
     Raises:
         NotImplementedError: Operands that are not 16-bit floats, sizes that do not divide into tiles, a rank
-            above 128, or a JAX without Pallas-Triton.
+            above 64, no NVIDIA GPU of compute capability 8.0 or more, or a JAX without Pallas-Triton.
     """
     if plgpu is None:
         raise NotImplementedError("this JAX has no Triton backend for Pallas")
-    if not interpret and gate.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"needs bfloat16 or float16, got {gate.dtype}")
     *outer, width = gate.shape
-    tokens, rank = int(np.prod(outer)), b_gate.shape[1]
+    tokens, rank = math.prod(outer), b_gate.shape[1]
     if rank > WIDEST_RANK:
         raise NotImplementedError(f"needs a rank of at most {WIDEST_RANK}, got {rank}")
     for tiling in tilings:
         if tokens % tiling.tokens or width % tiling.columns:
             raise NotImplementedError(f"{tokens} tokens of width {width} do not divide into tiles")
+    if not interpret:
+        if gate.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"needs bfloat16 or float16, got {gate.dtype}")
+        nvidia.require()
+    arrays = (gate, up, low_gate, low_up, b_gate, b_up, a_down)
+    return unchecked(*arrays, rate, key, tilings=tilings, interpret=interpret)
+
+
+def unchecked(
+    gate: jax.Array,
+    up: jax.Array,
+    low_gate: jax.Array,
+    low_up: jax.Array,
+    b_gate: jax.Array,
+    b_up: jax.Array,
+    a_down: jax.Array,
+    rate: float,
+    key: jax.Array | None,
+    *,
+    tilings: tuple[Tiling, Tiling] = (FORWARD, BACKWARD),
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`adapted` without its checks, so that a machine without GPU can lower it."""
+    *outer, rank = low_gate.shape
+    tokens = math.prod(outer)
     padded = max(16, pl.next_power_of_2(rank))
     flat = partial(jnp.reshape, shape=(tokens, -1))
 

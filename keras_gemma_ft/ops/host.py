@@ -1,7 +1,7 @@
 """Tables in the host's memory, of which a step fetches only the rows that it looks up.
 
 For tables too large for the device's memory that are read, and never multiplied: what crosses the bus is the
-rows. A GPU reads them itself; for other devices the host's processor gathers them, inside the program.
+rows. NVIDIA GPUs read them themselves; for other devices the host's processor gathers them, in the program.
 """
 
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import compute_on
 from jax.experimental import pallas as pl
+
+from keras_gemma_ft.ops import nvidia
 
 try:
     from jax.experimental.pallas import triton as plgpu
@@ -40,7 +42,7 @@ def holds(table: Any) -> bool:
 def gather_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows `ids` (int [...]) of a table [V, D] that `place` gave, on the device, [..., D]; no gradient."""
     table = jax.lax.stop_gradient(table)
-    if jax.default_backend() == "gpu" and plgpu is not None:
+    if plgpu is not None and (nvidia.compute_capability() or 0) >= nvidia.LEAST:
         return read_rows(table, ids)
     rows = _on_host(
         lambda table, ids: table[ids], compute_type="device_host", out_memory_spaces=jax.memory.Space.Host

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keras_gemma_ft.ops import host
+from keras_gemma_ft.ops import host, nvidia
 
 
 @pytest.fixture
@@ -27,6 +27,14 @@ def test_a_gpus_own_reading_gives_the_same(width):
     ids = jnp.asarray([[3, 49, 0], [3, 3, 7]])
     rows = host.read_rows(jnp.asarray(table), ids, interpret=True)
     np.testing.assert_array_equal(rows, table[np.asarray(ids)])
+
+
+@pytest.mark.parametrize(("capability", "itself"), [(None, False), (7.5, False), (9.0, True)])
+def test_who_reads(table, monkeypatch, capability, itself):
+    monkeypatch.setattr(nvidia, "compute_capability", lambda: capability)
+    monkeypatch.setattr(host, "read_rows", lambda table, ids: "the GPU")
+    rows = host.gather_rows(host.place(table), jnp.asarray([3]))
+    assert (isinstance(rows, str) and rows == "the GPU") == itself
 
 
 def test_a_gpus_own_reading_lowers_for_it():
