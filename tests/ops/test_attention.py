@@ -1,6 +1,5 @@
 """One parity suite over the rungs of attention, on CPU: kernels run interpreted, and are lowered for real."""
 
-import contextlib
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import pretended_gpu
 
 from keras_gemma_ft.ops import (
     attention_blocks,
@@ -448,23 +448,6 @@ def test_arguments_that_do_not_fit_are_refused():
 
 
 # --- Lowering for machines that are not here ----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def pretended_gpu():
-    """Since jax 0.11 kernels are lowered for a named GPU: the one at hand, or an abstract one."""
-    sharding = jax.sharding
-    if not hasattr(sharding, "AbstractDevice") or not hasattr(sharding, "use_abstract_mesh"):
-        yield
-        return
-    try:
-        device = sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-        mesh = sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    except TypeError:
-        yield
-        return
-    with sharding.use_abstract_mesh(mesh):
-        yield
 
 
 def lowered(rung, platform: str, heads: int, key_heads: int, dim: int) -> str:
