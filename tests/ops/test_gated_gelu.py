@@ -79,7 +79,7 @@ def test_they_lower_for_a_gpu_at_published_widths(width):
         return sum(out.astype(jnp.float32).sum() for out in gated_gelu_pallas.unchecked(*given, 0.05, KEY))
 
     with pretended_gpu():
-        traced = jax.jit(jax.grad(total, argnums=tuple(range(7)))).trace(*given)
+        traced = jax.jit(jax.value_and_grad(total, argnums=tuple(range(7)))).trace(*given)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("xla.gpu.triton") == 2
     for way in ("forward", "backward"):
