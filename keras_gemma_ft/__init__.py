@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from keras_gemma_ft import backend
+from keras_gemma_ft import backend, compilation
 from keras_gemma_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     backend.require_jax()
+    compilation.prepare()  # JAX reads it when it is imported, and XLA at the first computation
     module = importlib.import_module(_MODULES[name])
     return globals().setdefault(name, getattr(module, name, module))
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import keras_gemma_ft
+from keras_gemma_ft import compilation
 
 HEAVY = "{'jax', 'keras', 'keras_hub', 'numpy', 'tensorflow', 'torch', 'transformers'}"
 
@@ -49,6 +50,18 @@ for name in {modules}:
     print(name, sorted({{'tensorflow', 'keras_hub'}} & sys.modules.keys()))
 """
     assert printed(script).splitlines() == [f"{name} []" for name in modules]
+
+
+def test_the_first_use_of_a_name_prepares_jax():
+    script = """
+import os, keras_gemma_ft
+before = os.environ.get("XLA_FLAGS", "")
+keras_gemma_ft.GemmaCausalLM
+import jax
+print([before, os.environ["XLA_FLAGS"], jax.config.jax_compilation_cache_dir])
+"""
+    expected = ["", " ".join(compilation.FLAGS), "/nowhere/compiled"]
+    assert printed(script, XLA_FLAGS="", KERAS_GEMMA_FT_CACHE="/nowhere/compiled") == str(expected)
 
 
 @pytest.mark.parametrize("name", keras_gemma_ft.__all__)
