@@ -20,31 +20,31 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cross_entropy import normal, seconds
 
-from keras_gemma_ft.ops.gated_gelu import adapted
+from keras_gemma_ft.ops.gated_gelu import Operands, adapted
 
 RANK, RATE = 16, 0.05
 TOLERANCE = 1e-2
 
 
-def arguments(tokens: int, width: int) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
+def arguments(tokens: int, width: int) -> tuple[Operands, tuple[jax.Array, jax.Array]]:
     """What `adapted` is given, and what its results' gradients are."""
     wide, low = (tokens, width), (tokens, RANK)
     arrays = [normal(seed, shape, 1.0) for seed, shape in enumerate((wide, wide, low, low))]
     factors = [normal(seed, shape, 0.1) for seed, shape in ((4, (width, RANK)), (5, (width, RANK)))]
     factors.append(normal(6, (RANK, width), width**-0.5))
     arrays += [factor.astype(jnp.float32) for factor in factors]
-    return arrays, (normal(7, wide, 1.0), normal(8, low, 1.0))
+    return Operands(*arrays), (normal(7, wide, 1.0), normal(8, low, 1.0))
 
 
 @partial(jax.jit, static_argnums=0)
-def forward(rung: str, key: jax.Array, arrays: list[jax.Array]) -> Any:
-    return adapted(*arrays, RATE, key, rung)
+def forward(rung: str, key: jax.Array, given: Operands) -> Any:
+    return adapted(given, RATE, key, rung)
 
 
 @partial(jax.jit, static_argnums=0)
-def backward(rung: str, key: jax.Array, arrays: list[jax.Array], gradients: Any) -> Any:
+def backward(rung: str, key: jax.Array, given: Operands, gradients: Any) -> Any:
     """The gradients alone: nothing of the forward pass is needed for them but its arguments."""
-    return jax.vjp(lambda *arrays: adapted(*arrays, RATE, key, rung), *arrays)[1](gradients)
+    return jax.vjp(lambda given: adapted(given, RATE, key, rung), given)[1](gradients)
 
 
 def distances(found: Any, expected: Any) -> list[float]:
@@ -63,20 +63,20 @@ def main() -> None:
     rungs = ("pallas", "xla") if jax.default_backend() == "gpu" else ("xla",)
     failed = False
     for tokens, width in [(256, 512)] if small else [(8192, 6144), (8192, 10240), (8192, 21504)]:
-        arrays, gradients = arguments(tokens, width)
+        given, gradients = arguments(tokens, width)
         as_float32 = partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float32))
         exact = (
-            forward("xla", key, as_float32(arrays)),
-            backward("xla", key, *as_float32((arrays, gradients))),
+            forward("xla", key, as_float32(given)),
+            backward("xla", key, *as_float32((given, gradients))),
         )
         for rung in rungs:
-            found = forward(rung, key, arrays), backward(rung, key, arrays, gradients)
+            found = forward(rung, key, given), backward(rung, key, given, gradients)
             distance = max(distances(found, exact))
             failed |= not distance < TOLERANCE
             figures = {
                 "distance": round(distance, 5),
-                "forward_us": round(1e6 * seconds(forward, rung, key, arrays)),
-                "backward_us": round(1e6 * seconds(backward, rung, key, arrays, gradients)),
+                "forward_us": round(1e6 * seconds(forward, rung, key, given)),
+                "backward_us": round(1e6 * seconds(backward, rung, key, given, gradients)),
             }
             print(json.dumps({"rung": rung, "tokens": tokens, "width": width, **figures}), flush=True)
     raise SystemExit(failed)

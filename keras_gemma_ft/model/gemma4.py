@@ -24,7 +24,7 @@ from keras_gemma_ft.ops import cross_entropy, gated_gelu, host, moe, quantize
 from keras_gemma_ft.ops.attention import attention
 from keras_gemma_ft.ops.attention_mask import RESIDUALS
 from keras_gemma_ft.ops.dropout import drop, fold
-from keras_gemma_ft.ops.gated_gelu import gelu_product
+from keras_gemma_ft.ops.gated_gelu import Operands, gelu_product
 from keras_gemma_ft.ops.grouped_matmul import Implementation
 from keras_gemma_ft.ops.quantize import QuantizedTensor
 
@@ -431,8 +431,9 @@ class _Projections:
         gate, up = (checkpoint_name(linear(x, self.weights[role]), role) for role in roles)
         b_gate, b_up, b_down = (self.adapters[role]["lora_b"] for role in (*roles, "down_proj"))
         low_gate, low_up = self._low(roles, x, 2)
-        a_down, (rate, key) = self.adapters["down_proj"]["lora_a"], self._dropout(3)
-        product, low = gated_gelu.adapted(gate, up, low_gate, low_up, b_gate, b_up, a_down, rate, key)
+        a_down = self.adapters["down_proj"]["lora_a"]
+        operands = Operands(gate, up, low_gate, low_up, b_gate, b_up, a_down)
+        product, low = gated_gelu.adapted(operands, *self._dropout(3))
         change = linear(self._scaled(low), b_down.astype(x.dtype))
         return checkpoint_name(linear(product, self.weights["down_proj"]) + change, "down_proj")
 

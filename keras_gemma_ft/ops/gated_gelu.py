@@ -18,35 +18,20 @@ import jax.numpy as jnp
 
 from keras_gemma_ft.ops import gated_gelu_pallas
 from keras_gemma_ft.ops.dropout import drop
-from keras_gemma_ft.ops.gated_gelu_pallas import gelu_and_share, gelu_slope
+from keras_gemma_ft.ops.gated_gelu_pallas import Operands, gelu_and_share, gelu_slope
 
 Implementation = Literal["auto", "xla", "pallas"]
 
 
 def adapted(
-    gate: jax.Array,
-    up: jax.Array,
-    low_gate: jax.Array,
-    low_up: jax.Array,
-    b_gate: jax.Array,
-    b_up: jax.Array,
-    a_down: jax.Array,
-    rate: float = 0.0,
-    key: jax.Array | None = None,
-    implementation: Implementation = "auto",
+    given: Operands, rate: float = 0.0, key: jax.Array | None = None, implementation: Implementation = "auto"
 ) -> tuple[jax.Array, jax.Array]:
     """product = gelu(gate + low_gate Bᵀ) · (up + low_up Bᵀ), and low = dropped(product) Aᵀ.
 
-    Differentiable in all arrays; nothing is kept for the backward pass but the arguments.
+    Differentiable in all operands; nothing else is kept for the backward pass.
 
     Args:
-        gate: [..., F], what the matrix alone gives.
-        up: Likewise.
-        low_gate: [..., r], the scaled output of gate's A, in gate's dtype.
-        low_up: Likewise, of up's.
-        b_gate: float32 [F, r], rounded to gate's dtype here.
-        b_up: Likewise.
-        a_down: float32 [r, F], likewise.
+        given: See `Operands`.
         rate: Share of the product dropped before A; the rest is not scaled (see `dropout.drop`).
         key: uint32 [2] of the dropout; None: nothing is dropped.
         implementation: A rung; "auto": "pallas" on GPU where it does not decline, else "xla".
@@ -57,16 +42,15 @@ def adapted(
     Raises:
         NotImplementedError: The rung declines; the message says why.
     """
-    arguments = (gate, up, low_gate, low_up, b_gate, b_up, a_down)
     rate = rate if key is not None else 0.0
     if implementation == "pallas" or (implementation == "auto" and jax.default_backend() == "gpu"):
         try:
-            return gated_gelu_pallas.adapted(*arguments, rate, key)
+            return gated_gelu_pallas.adapted(given, rate, key)
         except NotImplementedError as reason:
             if implementation == "pallas":
                 raise
             _log_declined(str(reason))
-    return _xla(*arguments, rate, key)
+    return _xla(given, rate, key)
 
 
 @cache
@@ -75,13 +59,14 @@ def _log_declined(reason: str) -> None:
     logging.getLogger(__name__).info("gated_gelu runs on xla; pallas declines: %s", reason)
 
 
-def _xla(gate, up, low_gate, low_up, b_gate, b_up, a_down, rate, key):
-    times = partial(jax.lax.dot_general, dimension_numbers=(((gate.ndim - 1,), (1,)), ((), ())))
-    gate = gate + times(low_gate, b_gate.astype(gate.dtype))
-    up = up + times(low_up, b_up.astype(up.dtype))
+def _xla(given: Operands, rate: float, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    dtype, last = given.gate.dtype, given.gate.ndim - 1
+    times = partial(jax.lax.dot_general, dimension_numbers=(((last,), (1,)), ((), ())))
+    gate = given.gate + times(given.low_gate, given.b_gate.astype(dtype))
+    up = given.up + times(given.low_up, given.b_up.astype(dtype))
     product = gelu_product(gate, up)
-    dropped = drop(product, rate, key) if rate else product
-    return product, times(dropped, a_down.astype(gate.dtype))
+    dropped = product if key is None or not rate else drop(product, rate, key)
+    return product, times(dropped, given.a_down.astype(dtype))
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ both B; the wide arrays' gradients are written on the way.
 import dataclasses
 import math
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,28 @@ SLOPE, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
 BASE_2_SLOPE = np.float32(-SLOPE * np.log2(np.e))  # a GPU's exponential has base 2
 BASE_2_CUBIC = np.float32(BASE_2_SLOPE * CUBIC)
 WIDEST_RANK = 64
+
+
+class Operands(NamedTuple):
+    """What the nonlinearity and its adapters are computed from.
+
+    Attributes:
+        gate: [..., F], what the matrix alone gives.
+        up: Likewise.
+        low_gate: [..., r], the scaled output of gate's A, in gate's dtype.
+        low_up: Likewise, of up's.
+        b_gate: float32 [F, r], rounded to gate's dtype where it is multiplied.
+        b_up: Likewise.
+        a_down: float32 [r, F], likewise.
+    """
+
+    gate: jax.Array
+    up: jax.Array
+    low_gate: jax.Array
+    low_up: jax.Array
+    b_gate: jax.Array
+    b_up: jax.Array
+    a_down: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +89,7 @@ def gelu_slope(x: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def adapted(
-    gate: jax.Array,
-    up: jax.Array,
-    low_gate: jax.Array,
-    low_up: jax.Array,
-    b_gate: jax.Array,
-    b_up: jax.Array,
-    a_down: jax.Array,
+    given: Operands,
     rate: float,
     key: jax.Array | None,
     *,
@@ -91,29 +108,21 @@ def adapted(
     """
     if plgpu is None:
         raise NotImplementedError("this JAX has no Triton backend for Pallas")
-    *outer, width = gate.shape
-    tokens, rank = math.prod(outer), b_gate.shape[1]
+    tokens, width, rank = _sizes(given)
     if rank > WIDEST_RANK:
         raise NotImplementedError(f"needs a rank of at most {WIDEST_RANK}, got {rank}")
     for tiling in tilings:
         if tokens % tiling.tokens or width % tiling.columns:
             raise NotImplementedError(f"{tokens} tokens of width {width} do not divide into tiles")
     if not interpret:
-        if gate.dtype not in (jnp.bfloat16, jnp.float16):
-            raise NotImplementedError(f"needs bfloat16 or float16, got {gate.dtype}")
+        if given.gate.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"needs bfloat16 or float16, got {given.gate.dtype}")
         nvidia.require()
-    arrays = (gate, up, low_gate, low_up, b_gate, b_up, a_down)
-    return unchecked(*arrays, rate, key, tilings=tilings, interpret=interpret)
+    return unchecked(given, rate, key, tilings=tilings, interpret=interpret)
 
 
 def unchecked(
-    gate: jax.Array,
-    up: jax.Array,
-    low_gate: jax.Array,
-    low_up: jax.Array,
-    b_gate: jax.Array,
-    b_up: jax.Array,
-    a_down: jax.Array,
+    given: Operands,
     rate: float,
     key: jax.Array | None,
     *,
@@ -121,114 +130,93 @@ def unchecked(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`adapted` without its checks, so that a machine without GPU can lower it."""
-    *outer, rank = low_gate.shape
-    tokens = math.prod(outer)
-    padded = max(16, pl.next_power_of_2(rank))
+    tokens, _, rank = _sizes(given)
     flat = partial(jnp.reshape, shape=(tokens, -1))
 
     def thin(array: jax.Array) -> jax.Array:
-        return jnp.pad(array, ((0, 0), (0, padded - rank)))
+        return jnp.pad(array, ((0, 0), (0, max(16, pl.next_power_of_2(rank)) - rank)))
 
-    product, low = _adapted(
-        rate if key is not None else 0.0,
-        tilings,
-        interpret,
-        flat(gate),
-        flat(up),
-        thin(flat(low_gate)),
-        thin(flat(low_up)),
-        thin(b_gate),
-        thin(b_up),
-        thin(a_down.T),
-        jnp.zeros((2,), jnp.uint32) if key is None else key,
+    operands = Operands(
+        flat(given.gate),
+        flat(given.up),
+        thin(flat(given.low_gate)),
+        thin(flat(given.low_up)),
+        thin(given.b_gate),
+        thin(given.b_up),
+        thin(given.a_down.T),
     )
-    return product.reshape(gate.shape), low[:, :rank].reshape(*outer, rank)
+    rate, key = (0.0, jnp.zeros((2,), jnp.uint32)) if key is None else (rate, key)
+    product, low = _adapted(rate, tilings, interpret, operands, key)
+    return product.reshape(given.gate.shape), low[:, :rank].reshape(given.low_gate.shape)
+
+
+def _sizes(given: Operands) -> tuple[int, int, int]:
+    """Tokens, width and rank."""
+    *outer, width = given.gate.shape
+    return math.prod(outer), width, given.low_gate.shape[-1]
+
+
+# From here on gate and up are [M, F], both low [M, R], and all factors [F, R], A of down as well.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _adapted(rate, tilings, interpret, gate, up, low_gate, low_up, b_gate, b_up, a, key):
-    return _forward(rate, tilings, interpret, gate, up, low_gate, low_up, b_gate, b_up, a, key)[0]
+def _adapted(rate, tilings, interpret, given, key):
+    return forward(rate, tilings[0], interpret, given, key)
 
 
-def _forward(rate, tilings, interpret, *arguments):
-    return forward(rate, tilings[0], interpret, *arguments), arguments
+def _forward(rate, tilings, interpret, given, key):
+    return forward(rate, tilings[0], interpret, given, key), (given, key)
 
 
-def _backward(rate, tilings, interpret, arguments, gradients):
-    _, _, low_gate, low_up, b_gate, b_up, _, _ = arguments
-    d_gate, d_up, *thin = backward(rate, tilings[1], interpret, *arguments, *gradients)
-    d_low_gate = _dot(d_gate, b_gate.astype(d_gate.dtype), 1, 0).astype(low_gate.dtype)
-    d_low_up = _dot(d_up, b_up.astype(d_up.dtype), 1, 0).astype(low_up.dtype)
-    return d_gate, d_up, d_low_gate, d_low_up, *thin, None
+def _backward(rate, tilings, interpret, residuals, gradients):
+    return backward(rate, tilings[1], interpret, *residuals, *gradients), None
 
 
 _adapted.defvjp(_forward, _backward)
 
 
 def forward(
-    rate: float,
-    tiling: Tiling,
-    interpret: bool,
-    gate: jax.Array,
-    up: jax.Array,
-    low_gate: jax.Array,
-    low_up: jax.Array,
-    b_gate: jax.Array,
-    b_up: jax.Array,
-    a: jax.Array,
-    key: jax.Array,
+    rate: float, tiling: Tiling, interpret: bool, given: Operands, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The product [M, F] and low [M, R], of arrays [M, F], [M, R], and a [F, R] like both B."""
-    tokens, rank = low_gate.shape
-    parts = math.gcd(gate.shape[1] // tiling.columns, tiling.parts)
-    thin = [array.astype(gate.dtype) for array in (b_gate, b_up, a)]
+    """The product [M, F] and low [M, R]."""
+    tokens, width, rank = _sizes(given)
+    parts = math.gcd(width // tiling.columns, tiling.parts)
     product, low = pl.pallas_call(
         partial(_forward_kernel, rate, tiling),
         grid=(tokens // tiling.tokens, parts),
         out_shape=(
-            jax.ShapeDtypeStruct(gate.shape, gate.dtype),
+            jax.ShapeDtypeStruct(given.gate.shape, given.gate.dtype),
             jax.ShapeDtypeStruct((parts, tokens, rank), jnp.float32),
         ),
         compiler_params=_compiler_params(tiling),
         interpret=interpret,
         name="gated_gelu_forward",
-    )(gate, up, low_gate, low_up, *thin, key)
-    return product, low.sum(axis=0).astype(gate.dtype)
+    )(*_rounded(given), key)
+    return product, low.sum(axis=0).astype(given.gate.dtype)
 
 
-def _forward_kernel(
-    rate,
-    tiling,
-    gate_ref,
-    up_ref,
-    low_gate_ref,
-    low_up_ref,
-    b_gate_ref,
-    b_up_ref,
-    a_ref,
-    key_ref,
-    product_ref,
-    low_ref,
-):
+def _forward_kernel(rate, tiling, *refs):
+    *operands, key_ref, product_ref, low_ref = refs
+    given: Any = Operands(*operands)  # their references
     block, part = pl.program_id(0), pl.program_id(1)
     rows = pl.ds(block * tiling.tokens, tiling.tokens)
-    low_gate, low_up = plgpu.load(low_gate_ref.at[rows, :]), plgpu.load(low_up_ref.at[rows, :])
+    low_gate, low_up = plgpu.load(given.low_gate.at[rows, :]), plgpu.load(given.low_up.at[rows, :])
     mask = _Mask(rate, key_ref, block * tiling.tokens, tiling.tokens)
-    tiles = gate_ref.shape[1] // (pl.num_programs(1) * tiling.columns)
+    tiles = given.gate.shape[1] // (pl.num_programs(1) * tiling.columns)
 
     def step(i, low):
         first = (part * tiles + i) * tiling.columns
         columns = pl.ds(first, tiling.columns)
-        x = plgpu.load(gate_ref.at[rows, columns]).astype(jnp.float32)
-        y = plgpu.load(up_ref.at[rows, columns]).astype(jnp.float32)
-        x += _dot(low_gate, plgpu.load(b_gate_ref.at[columns, :]), 1, 1)
-        y += _dot(low_up, plgpu.load(b_up_ref.at[columns, :]), 1, 1)
+        x = plgpu.load(given.gate.at[rows, columns]).astype(jnp.float32)
+        y = plgpu.load(given.up.at[rows, columns]).astype(jnp.float32)
+        x += _dot(low_gate, plgpu.load(given.b_gate.at[columns, :]), 1, 1)
+        y += _dot(low_up, plgpu.load(given.b_up.at[columns, :]), 1, 1)
         product = gelu_and_share(x)[0] * y
         plgpu.store(product_ref.at[rows, columns], product.astype(product_ref.dtype))
         dropped = mask(product, first).astype(product_ref.dtype)
-        return low + _dot(dropped, plgpu.load(a_ref.at[columns, :]), 1, 0)
+        return low + _dot(dropped, plgpu.load(given.a_down.at[columns, :]), 1, 0)
 
-    zeros = jnp.zeros((tiling.tokens, a_ref.shape[1]), jnp.float32)
+    zeros = jnp.zeros((tiling.tokens, low_ref.shape[2]), jnp.float32)
     plgpu.store(low_ref.at[part, rows, :], jax.lax.fori_loop(0, tiles, step, zeros))
 
 
@@ -236,66 +224,48 @@ def backward(
     rate: float,
     tiling: Tiling,
     interpret: bool,
-    gate: jax.Array,
-    up: jax.Array,
-    low_gate: jax.Array,
-    low_up: jax.Array,
-    b_gate: jax.Array,
-    b_up: jax.Array,
-    a: jax.Array,
+    given: Operands,
     key: jax.Array,
     d_product: jax.Array,
     d_low: jax.Array,
-) -> list[jax.Array]:
-    """The gradients of gate and up [M, F], and of b_gate, b_up and a, float32 [F, R]."""
-    tokens, width = gate.shape
+) -> Operands:
+    """The operands' gradients, those of the factors in float32."""
+    tokens, width, _ = _sizes(given)
     parts = math.gcd(tokens // tiling.tokens, tiling.parts)
-    thin = [array.astype(gate.dtype) for array in (b_gate, b_up, a)]
-    wide = jax.ShapeDtypeStruct(gate.shape, gate.dtype)
-    partial_sums = jax.ShapeDtypeStruct((parts, *a.shape), jnp.float32)
-    d_gate, d_up, *sums = pl.pallas_call(
+    wide = jax.ShapeDtypeStruct(given.gate.shape, given.gate.dtype)
+    sums = jax.ShapeDtypeStruct((parts, *given.a_down.shape), jnp.float32)
+    d_gate, d_up, *factors = pl.pallas_call(
         partial(_backward_kernel, rate, tiling),
         grid=(width // tiling.columns, parts),
-        out_shape=(wide, wide, partial_sums, partial_sums, partial_sums),
+        out_shape=(wide, wide, sums, sums, sums),
         input_output_aliases={0: 0, 1: 1},  # gate and up are not needed after this
         compiler_params=_compiler_params(tiling),
         interpret=interpret,
         name="gated_gelu_backward",
-    )(gate, up, low_gate, low_up, *thin, key, d_product, d_low)
-    return [d_gate, d_up, *(array.sum(axis=0) for array in sums)]
+    )(*_rounded(given), key, d_product, d_low)
+    d_low_gate = _dot(d_gate, given.b_gate.astype(d_gate.dtype), 1, 0).astype(given.low_gate.dtype)
+    d_low_up = _dot(d_up, given.b_up.astype(d_up.dtype), 1, 0).astype(given.low_up.dtype)
+    return Operands(d_gate, d_up, d_low_gate, d_low_up, *(array.sum(axis=0) for array in factors))
 
 
-def _backward_kernel(
-    rate,
-    tiling,
-    gate_ref,
-    up_ref,
-    low_gate_ref,
-    low_up_ref,
-    b_gate_ref,
-    b_up_ref,
-    a_ref,
-    key_ref,
-    d_product_ref,
-    d_low_ref,
-    d_gate_ref,
-    d_up_ref,
-    *sum_refs,
-):
+def _backward_kernel(rate, tiling, *refs):
+    *operands, key_ref, d_product_ref, d_low_ref = refs[:10]
+    d_gate_ref, d_up_ref, *sum_refs = refs[10:]
+    given: Any = Operands(*operands)  # their references
     block, part = pl.program_id(0), pl.program_id(1)
     columns = pl.ds(block * tiling.columns, tiling.columns)
-    b_gate, b_up = plgpu.load(b_gate_ref.at[columns, :]), plgpu.load(b_up_ref.at[columns, :])
-    a = plgpu.load(a_ref.at[columns, :])
-    tiles = gate_ref.shape[0] // (pl.num_programs(1) * tiling.tokens)
+    b_gate, b_up = plgpu.load(given.b_gate.at[columns, :]), plgpu.load(given.b_up.at[columns, :])
+    a = plgpu.load(given.a_down.at[columns, :])
+    tiles = given.gate.shape[0] // (pl.num_programs(1) * tiling.tokens)
 
     def step(i, sums):
         first = (part * tiles + i) * tiling.tokens
         rows = pl.ds(first, tiling.tokens)
-        low_gate, low_up = plgpu.load(low_gate_ref.at[rows, :]), plgpu.load(low_up_ref.at[rows, :])
+        low_gate, low_up = plgpu.load(given.low_gate.at[rows, :]), plgpu.load(given.low_up.at[rows, :])
         d_low = plgpu.load(d_low_ref.at[rows, :])
         mask = _Mask(rate, key_ref, first, tiling.tokens)
-        x = plgpu.load(gate_ref.at[rows, columns]).astype(jnp.float32) + _dot(low_gate, b_gate, 1, 1)
-        y = plgpu.load(up_ref.at[rows, columns]).astype(jnp.float32) + _dot(low_up, b_up, 1, 1)
+        x = plgpu.load(given.gate.at[rows, columns]).astype(jnp.float32) + _dot(low_gate, b_gate, 1, 1)
+        y = plgpu.load(given.up.at[rows, columns]).astype(jnp.float32) + _dot(low_up, b_up, 1, 1)
         d = plgpu.load(d_product_ref.at[rows, columns]).astype(jnp.float32)
         d += mask(_dot(d_low, a, 1, 1), block * tiling.columns)
         gelu, share = gelu_and_share(x)
@@ -307,9 +277,14 @@ def _backward_kernel(
         updates = (_dot(d_gate, low_gate, 0, 0), _dot(d_up, low_up, 0, 0), _dot(dropped, d_low, 0, 0))
         return tuple(total + update for total, update in zip(sums, updates, strict=True))
 
-    zeros = jnp.zeros((tiling.columns, a_ref.shape[1]), jnp.float32)
+    zeros = jnp.zeros(a.shape, jnp.float32)
     for ref, total in zip(sum_refs, jax.lax.fori_loop(0, tiles, step, (zeros,) * 3), strict=True):
         plgpu.store(ref.at[part, columns, :], total)
+
+
+def _rounded(given: Operands) -> Operands:
+    """The operands as the kernels multiply them."""
+    return Operands(*(array.astype(given.gate.dtype) for array in given))
 
 
 class _Mask:

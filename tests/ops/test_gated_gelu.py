@@ -11,25 +11,24 @@ import pytest
 from gpus import pretended_gpu
 
 from keras_gemma_ft.ops import gated_gelu, gated_gelu_pallas
-from keras_gemma_ft.ops.gated_gelu_pallas import Tiling
+from keras_gemma_ft.ops.gated_gelu_pallas import Operands, Tiling
 
 KEY = jnp.array([3, 9], jnp.uint32)
 SMALL = (Tiling(16, 32, parts=2), Tiling(32, 16, parts=2))
 
 
 def arrays(rows: int, tokens: int, width: int, rank: int, dtype: str = "float32"):
-    """gate, up, both low, both B and A."""
     keys = iter(jax.random.split(jax.random.key(0), 7))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     wide = [normal(rows, tokens, width) for _ in range(2)] + [normal(rows, tokens, rank) for _ in range(2)]
     thin = [0.3 * normal(width, rank), 0.3 * normal(width, rank), 0.2 * normal(rank, width)]
-    return [array.astype(dtype) for array in wide] + thin
+    return Operands(*(array.astype(dtype) for array in wide), *thin)
 
 
 def values_and_gradients(function, given):
-    results, pull = jax.vjp(function, *given)
+    results, pull = jax.vjp(function, given)
     cotangents = [jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape) for out in results]
-    return [*results, *pull(tuple(cotangents))]
+    return [*results, *pull(tuple(cotangents))[0]]
 
 
 def assert_same(found, expected, tolerance):
@@ -55,11 +54,12 @@ def test_the_kernels_compute_what_the_operations_do(rate, width, rank):
 
 
 def test_it_is_the_three_adapters_around_gelu():
-    gate, up, low_gate, low_up, b_gate, b_up, a_down = arrays(1, 16, 32, 4)
-    product, low = gated_gelu.adapted(gate, up, low_gate, low_up, b_gate, b_up, a_down)
-    wanted = jax.nn.gelu(gate + low_gate @ b_gate.T, approximate=True) * (up + low_up @ b_up.T)
+    given = arrays(1, 16, 32, 4)
+    product, low = gated_gelu.adapted(given)
+    gate, up = given.gate + given.low_gate @ given.b_gate.T, given.up + given.low_up @ given.b_up.T
+    wanted = jax.nn.gelu(gate, approximate=True) * up
     np.testing.assert_allclose(product, wanted, atol=2e-5)
-    np.testing.assert_allclose(low, wanted @ a_down.T, atol=2e-5)
+    np.testing.assert_allclose(low, wanted @ given.a_down.T, atol=2e-5)
 
 
 def test_gelu_and_its_slope():
@@ -75,11 +75,11 @@ def test_gelu_and_its_slope():
 def test_they_lower_for_a_gpu_at_published_widths(width):
     given = jax.eval_shape(partial(arrays, 4, 2048, width, 16, "bfloat16"))
 
-    def total(*given):
-        return sum(out.astype(jnp.float32).sum() for out in gated_gelu_pallas.unchecked(*given, 0.05, KEY))
+    def total(given):
+        return sum(out.astype(jnp.float32).sum() for out in gated_gelu_pallas.unchecked(given, 0.05, KEY))
 
     with pretended_gpu():
-        traced = jax.jit(jax.value_and_grad(total, argnums=tuple(range(7)))).trace(*given)
+        traced = jax.jit(jax.value_and_grad(total)).trace(given)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("xla.gpu.triton") == 2
     for way in ("forward", "backward"):
@@ -99,13 +99,13 @@ def test_they_lower_for_a_gpu_at_published_widths(width):
 )
 def test_what_the_kernels_decline(given, reason, monkeypatch, caplog):
     with pytest.raises(NotImplementedError, match=reason):
-        gated_gelu.adapted(*given, implementation="pallas")
+        gated_gelu.adapted(given, implementation="pallas")
     # On a GPU the other rung then takes it, and says why, once.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     caplog.set_level(logging.INFO, gated_gelu.__name__)
     gated_gelu._log_declined.cache_clear()
     for _ in range(2):
-        assert gated_gelu.adapted(*given)[0].shape == given[0].shape
+        assert gated_gelu.adapted(given)[0].shape == given.gate.shape
     (message,) = caplog.messages
     assert message.startswith("gated_gelu runs on xla; pallas declines")
     assert re.search(reason, message)
