@@ -13,7 +13,8 @@ HEAVY = "{'jax', 'keras', 'keras_hub', 'numpy', 'tensorflow', 'torch', 'transfor
 
 
 def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    ours = ("KERAS_BACKEND", compilation.JAX_CACHE)  # which this process set when it imported the package
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, "-c", script],
         env={**inherited, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
