@@ -21,11 +21,7 @@ from jax.experimental import pallas as pl
 from keras_gemma_ft.ops import nvidia
 from keras_gemma_ft.ops.attention_blocks import visited_keys, visited_queries
 from keras_gemma_ft.ops.attention_mask import RESIDUALS, may_attend
-
-try:
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:  # deprecated since jax 0.11; without it this rung declines
-    plgpu = None  # type: ignore[assignment]
+from keras_gemma_ft.ops.nvidia import compiler_params, dot, plgpu
 
 LOG2_E = math.log2(math.e)
 # Logits live in base 2. A hidden one is so far below the initial maximum that its weight is exactly 0, also
@@ -180,7 +176,7 @@ def forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
-        compiler_params=_compiler_params(tiling),
+        compiler_params=compiler_params(tiling),
         interpret=interpret,
         name="attention_forward",
     )(q, k, v, segment_ids, first, end)
@@ -200,7 +196,7 @@ def _forward_kernel(
     def step(i, carry):
         out, top, total = carry
         keys = _Rows(i, tiling.keys, length)
-        logits = LOG2_E * _dot(q, keys.load(k_ref, row, key_head), 1, 1)
+        logits = LOG2_E * dot(q, keys.load(k_ref, row, key_head), 1, 1)
         visible = may_attend(
             queries.index[:, None],
             keys.index[None, :],
@@ -213,7 +209,7 @@ def _forward_kernel(
         weights = jnp.exp2(logits - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
         v = keys.load(v_ref, row, key_head)
-        out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v, 1, 0)
+        out = out * shrink[:, None] + dot(weights.astype(v.dtype), v, 1, 0)
         return out, new_top, total * shrink + weights.sum(axis=1)
 
     out, top, total = jax.lax.fori_loop(
@@ -253,7 +249,7 @@ def query_gradient(
         partial(_query_gradient_kernel, tiling, window),
         grid=(H, B, pl.cdiv(T, tiling.queries)),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=_compiler_params(tiling),
+        compiler_params=compiler_params(tiling),
         interpret=interpret,
         name="attention_dq",
     )(q, k, v, d_out, log_sum, delta, segment_ids, first, end)
@@ -293,11 +289,11 @@ def _query_gradient_kernel(
             keys.load_vector(segment_ref, row)[None, :],
             window,
         )
-        logits = jnp.where(visible, LOG2_E * _dot(q, k, 1, 1), HIDDEN)
+        logits = jnp.where(visible, LOG2_E * dot(q, k, 1, 1), HIDDEN)
         weights = jnp.exp2(logits - log_sum[:, None])
-        d_weights = _dot(d_out, keys.load(v_ref, row, key_head), 1, 1)
+        d_weights = dot(d_out, keys.load(v_ref, row, key_head), 1, 1)
         d_logits = weights * (d_weights - delta[:, None])
-        return dq + _dot(d_logits.astype(k.dtype), k, 1, 0)
+        return dq + dot(d_logits.astype(k.dtype), k, 1, 0)
 
     dq = jax.lax.fori_loop(
         first_ref[row, block], end_ref[row, block], step, jnp.zeros((tiling.queries, dim), jnp.float32)
@@ -325,7 +321,7 @@ def key_value_gradient(
         partial(_key_value_gradient_kernel, tiling, window, wanted),
         grid=(K, B, pl.cdiv(S, tiling.keys)),  # under a causal mask the first block has most to do
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype) for _ in wanted],
-        compiler_params=_compiler_params(tiling),
+        compiler_params=compiler_params(tiling),
         interpret=interpret,
         name="attention_" + "_".join(wanted),
     )(q, k, v, d_out, log_sum, delta, segment_ids, first, end)
@@ -351,7 +347,7 @@ def _key_value_gradient_kernel(
     group = q_ref.shape[2] // k_ref.shape[2]
     keys = _Rows(block, tiling.keys, length)
     k = keys.load(k_ref, row, key_head)
-    v = keys.load(v_ref, row, key_head) if "dk" in wanted else None
+    v: Any = keys.load(v_ref, row, key_head) if "dk" in wanted else None
     key_segments = keys.load_vector(segment_ref, row)
     first, end = first_ref[row, block], end_ref[row, block]
     blocks = end - first
@@ -369,15 +365,15 @@ def _key_value_gradient_kernel(
             window,
         )
         # Transposed, [keys, queries]: so the weights are the left operand of both products below.
-        logits = jnp.where(visible, LOG2_E * _dot(k, q, 1, 1), HIDDEN)
+        logits = jnp.where(visible, LOG2_E * dot(k, q, 1, 1), HIDDEN)
         weights = jnp.exp2(logits - queries.load_vector(log_sum_ref, row, head)[None, :])
         updates = {}
         if "dv" in wanted:
-            updates["dv"] = _dot(weights.astype(d_out.dtype), d_out, 1, 0)
+            updates["dv"] = dot(weights.astype(d_out.dtype), d_out, 1, 0)
         if "dk" in wanted:
-            d_weights = _dot(v, d_out, 1, 1)
+            d_weights = dot(v, d_out, 1, 1)
             d_logits = weights * (d_weights - queries.load_vector(delta_ref, row, head)[None, :])
-            updates["dk"] = _dot(d_logits.astype(q.dtype), q, 1, 0)
+            updates["dk"] = dot(d_logits.astype(q.dtype), q, 1, 0)
         return tuple(total + updates[name] for total, name in zip(gradients, wanted, strict=True))
 
     zeros = jnp.zeros((tiling.keys, dim), jnp.float32)
@@ -422,12 +418,3 @@ class _Rows:
 
 def _key_head(head, q_ref, k_ref):
     return jax.lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[2]))
-
-
-def _dot(x, y, x_axis, y_axis):
-    """The float32 product of two blocks over one axis of each (`pl.dot` is gone from jax 0.12)."""
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _compiler_params(tiling: Tiling) -> Any:
-    return plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages)

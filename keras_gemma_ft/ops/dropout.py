@@ -5,6 +5,7 @@ hash is arithmetic that the compiler fuses into the multiplication.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,18 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
         key: uint32 [2]; the same key gives the same mask.
     """
     rows = jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(*x.shape[:-1], 1)
-    start = mix(mix(rows + key[0]) ^ key[1])
+    columns = jnp.arange(x.shape[-1], dtype=jnp.uint32)
+    return x * kept(row_hash(rows, key), columns, rate, key).astype(x.dtype)
+
+
+def row_hash(rows: jax.Array, key: Any) -> jax.Array:
+    """What rows, uint32 of any shape, add to the hashes of their elements; `key` holds two uint32."""
+    return mix(mix(rows + key[0]) ^ key[1])
+
+
+def kept(row_hashes: jax.Array, columns: jax.Array, rate: float, key: Any) -> jax.Array:
+    """Which elements `drop` keeps, bool; `row_hashes` and columns, uint32, broadcast to their shape."""
     # Nothing in the array's full size may be the same for all layers: what is, even the columns' numbers, a
-    # compiler takes out of the loop over layers, stores, and reads again in each of them.
-    columns = jnp.arange(x.shape[-1], dtype=jnp.uint32) * (key[1] | 1)
-    kept = mix(columns + start) >= np.uint32(rate * 2**32)
-    return x * kept.astype(x.dtype)
+    # compiler takes out of the loop over layers, stores, and reads again in each of them. So the columns come
+    # in one row.
+    return mix(columns * (key[1] | np.uint32(1)) + row_hashes) >= np.uint32(rate * 2**32)

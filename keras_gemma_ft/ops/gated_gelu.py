@@ -42,9 +42,9 @@ def adapted(
     Raises:
         NotImplementedError: The rung declines; the message says why.
     """
-    rate = rate if key is not None else 0.0
     if implementation == "pallas" or (implementation == "auto" and jax.default_backend() == "gpu"):
         try:
+            gated_gelu_pallas.decline(given)
             return gated_gelu_pallas.adapted(given, rate, key)
         except NotImplementedError as reason:
             if implementation == "pallas":

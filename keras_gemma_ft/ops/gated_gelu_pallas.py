@@ -16,12 +16,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from keras_gemma_ft.ops import nvidia
-from keras_gemma_ft.ops.dropout import mix
-
-try:
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:  # deprecated since jax 0.11; without it this rung declines
-    plgpu = None  # type: ignore[assignment]
+from keras_gemma_ft.ops.dropout import kept, row_hash
+from keras_gemma_ft.ops.nvidia import compiler_params, dot, plgpu
 
 SLOPE, CUBIC = np.float32(2 * np.sqrt(2 / np.pi)), np.float32(0.044715)
 BASE_2_SLOPE = np.float32(-SLOPE * np.log2(np.e))  # a GPU's exponential has base 2
@@ -88,19 +84,8 @@ def gelu_slope(x: jax.Array, share: jax.Array) -> jax.Array:
     return share + x * share * (1 - share) * SLOPE * (1 + 3 * CUBIC * x * x)
 
 
-def adapted(
-    given: Operands,
-    rate: float,
-    key: jax.Array | None,
-    *,
-    tilings: tuple[Tiling, Tiling] = (FORWARD, BACKWARD),
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Arguments and results as in `gated_gelu.adapted`, and:
-
-    Args:
-        tilings: Of the kernels forward and backward.
-        interpret: Run the kernels' arithmetic in JAX, on any platform and in any dtype (slow).
+def decline(given: Operands) -> None:
+    """Declines what the kernels cannot compute here.
 
     Raises:
         NotImplementedError: Operands that are not 16-bit floats, sizes that do not divide into tiles, a rank
@@ -111,17 +96,15 @@ def adapted(
     tokens, width, rank = _sizes(given)
     if rank > WIDEST_RANK:
         raise NotImplementedError(f"needs a rank of at most {WIDEST_RANK}, got {rank}")
-    for tiling in tilings:
+    for tiling in (FORWARD, BACKWARD):
         if tokens % tiling.tokens or width % tiling.columns:
             raise NotImplementedError(f"{tokens} tokens of width {width} do not divide into tiles")
-    if not interpret:
-        if given.gate.dtype not in (jnp.bfloat16, jnp.float16):
-            raise NotImplementedError(f"needs bfloat16 or float16, got {given.gate.dtype}")
-        nvidia.require()
-    return unchecked(given, rate, key, tilings=tilings, interpret=interpret)
+    if given.gate.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"needs bfloat16 or float16, got {given.gate.dtype}")
+    nvidia.require()
 
 
-def unchecked(
+def adapted(
     given: Operands,
     rate: float,
     key: jax.Array | None,
@@ -129,7 +112,12 @@ def unchecked(
     tilings: tuple[Tiling, Tiling] = (FORWARD, BACKWARD),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`adapted` without its checks, so that a machine without GPU can lower it."""
+    """Arguments and results as in `gated_gelu.adapted`, of operands that `decline` lets pass, and:
+
+    Args:
+        tilings: Of the kernels forward and backward.
+        interpret: Run the kernels' arithmetic in JAX, on any platform and in any dtype (slow).
+    """
     tokens, _, rank = _sizes(given)
     flat = partial(jnp.reshape, shape=(tokens, -1))
 
@@ -188,7 +176,7 @@ def forward(
             jax.ShapeDtypeStruct(given.gate.shape, given.gate.dtype),
             jax.ShapeDtypeStruct((parts, tokens, rank), jnp.float32),
         ),
-        compiler_params=_compiler_params(tiling),
+        compiler_params=compiler_params(tiling),
         interpret=interpret,
         name="gated_gelu_forward",
     )(*_rounded(given), key)
@@ -209,12 +197,12 @@ def _forward_kernel(rate, tiling, *refs):
         columns = pl.ds(first, tiling.columns)
         x = plgpu.load(given.gate.at[rows, columns]).astype(jnp.float32)
         y = plgpu.load(given.up.at[rows, columns]).astype(jnp.float32)
-        x += _dot(low_gate, plgpu.load(given.b_gate.at[columns, :]), 1, 1)
-        y += _dot(low_up, plgpu.load(given.b_up.at[columns, :]), 1, 1)
+        x += dot(low_gate, plgpu.load(given.b_gate.at[columns, :]), 1, 1)
+        y += dot(low_up, plgpu.load(given.b_up.at[columns, :]), 1, 1)
         product = gelu_and_share(x)[0] * y
         plgpu.store(product_ref.at[rows, columns], product.astype(product_ref.dtype))
         dropped = mask(product, first).astype(product_ref.dtype)
-        return low + _dot(dropped, plgpu.load(given.a_down.at[columns, :]), 1, 0)
+        return low + dot(dropped, plgpu.load(given.a_down.at[columns, :]), 1, 0)
 
     zeros = jnp.zeros((tiling.tokens, low_ref.shape[2]), jnp.float32)
     plgpu.store(low_ref.at[part, rows, :], jax.lax.fori_loop(0, tiles, step, zeros))
@@ -239,12 +227,12 @@ def backward(
         grid=(width // tiling.columns, parts),
         out_shape=(wide, wide, sums, sums, sums),
         input_output_aliases={0: 0, 1: 1},  # gate and up are not needed after this
-        compiler_params=_compiler_params(tiling),
+        compiler_params=compiler_params(tiling),
         interpret=interpret,
         name="gated_gelu_backward",
     )(*_rounded(given), key, d_product, d_low)
-    d_low_gate = _dot(d_gate, given.b_gate.astype(d_gate.dtype), 1, 0).astype(given.low_gate.dtype)
-    d_low_up = _dot(d_up, given.b_up.astype(d_up.dtype), 1, 0).astype(given.low_up.dtype)
+    d_low_gate = dot(d_gate, given.b_gate.astype(d_gate.dtype), 1, 0).astype(given.low_gate.dtype)
+    d_low_up = dot(d_up, given.b_up.astype(d_up.dtype), 1, 0).astype(given.low_up.dtype)
     return Operands(d_gate, d_up, d_low_gate, d_low_up, *(array.sum(axis=0) for array in factors))
 
 
@@ -264,17 +252,17 @@ def _backward_kernel(rate, tiling, *refs):
         low_gate, low_up = plgpu.load(given.low_gate.at[rows, :]), plgpu.load(given.low_up.at[rows, :])
         d_low = plgpu.load(d_low_ref.at[rows, :])
         mask = _Mask(rate, key_ref, first, tiling.tokens)
-        x = plgpu.load(given.gate.at[rows, columns]).astype(jnp.float32) + _dot(low_gate, b_gate, 1, 1)
-        y = plgpu.load(given.up.at[rows, columns]).astype(jnp.float32) + _dot(low_up, b_up, 1, 1)
+        x = plgpu.load(given.gate.at[rows, columns]).astype(jnp.float32) + dot(low_gate, b_gate, 1, 1)
+        y = plgpu.load(given.up.at[rows, columns]).astype(jnp.float32) + dot(low_up, b_up, 1, 1)
         d = plgpu.load(d_product_ref.at[rows, columns]).astype(jnp.float32)
-        d += mask(_dot(d_low, a, 1, 1), block * tiling.columns)
+        d += mask(dot(d_low, a, 1, 1), block * tiling.columns)
         gelu, share = gelu_and_share(x)
         d_gate = (d * y * gelu_slope(x, share)).astype(d_gate_ref.dtype)
         d_up = (d * gelu).astype(d_up_ref.dtype)
         plgpu.store(d_gate_ref.at[rows, columns], d_gate)
         plgpu.store(d_up_ref.at[rows, columns], d_up)
         dropped = mask(gelu * y, block * tiling.columns).astype(d_low.dtype)
-        updates = (_dot(d_gate, low_gate, 0, 0), _dot(d_up, low_up, 0, 0), _dot(dropped, d_low, 0, 0))
+        updates = (dot(d_gate, low_gate, 0, 0), dot(d_up, low_up, 0, 0), dot(dropped, d_low, 0, 0))
         return tuple(total + update for total, update in zip(sums, updates, strict=True))
 
     zeros = jnp.zeros(a.shape, jnp.float32)
@@ -291,25 +279,18 @@ class _Mask:
     """The dropout of some rows of an array: what `dropout.drop` keeps, tile by tile."""
 
     def __init__(self, rate, key_ref, first, tokens):
-        self.least = np.uint32(rate * 2**32)
+        self.rate = rate
         if rate:
-            key = key_ref[0], key_ref[1]
-            rows = (first + jnp.arange(tokens, dtype=jnp.int32)).astype(jnp.uint32)
-            self.step = key[1] | np.uint32(1)
-            self.start = mix(mix(rows + key[0]) ^ key[1])
+            self.key = key_ref[0], key_ref[1]
+            self.rows = row_hash(_numbers(first, tokens), self.key)[:, None]
 
     def __call__(self, tile, first):
         """The tile [tokens, columns] whose first column is `first`, with zeros where elements are dropped."""
-        if not self.least:
+        if not self.rate:
             return tile
-        columns = (first + jnp.arange(tile.shape[1], dtype=jnp.int32)).astype(jnp.uint32) * self.step
-        return jnp.where(mix(columns[None, :] + self.start[:, None]) >= self.least, tile, 0)
+        columns = _numbers(first, tile.shape[1])[None, :]
+        return jnp.where(kept(self.rows, columns, self.rate, self.key), tile, 0)
 
 
-def _dot(x, y, x_axis, y_axis):
-    """The float32 product of two matrices over one axis of each."""
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _compiler_params(tiling: Tiling):
-    return plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages)
+def _numbers(first, count):
+    return (first + jnp.arange(count, dtype=jnp.int32)).astype(jnp.uint32)

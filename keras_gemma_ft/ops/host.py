@@ -11,11 +11,7 @@ from jax.experimental import compute_on
 from jax.experimental import pallas as pl
 
 from keras_gemma_ft.ops import nvidia
-
-try:
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:  # deprecated since jax 0.11; without it the host gathers
-    plgpu = None  # type: ignore[assignment]
+from keras_gemma_ft.ops.nvidia import plgpu
 
 
 def place(table: Any) -> jax.Array:

@@ -15,10 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-try:
-    from jax.experimental.pallas import triton as plgpu
-except ImportError:  # deprecated in jax 0.12; without it this rung declines
-    plgpu = None  # type: ignore[assignment]
+from keras_gemma_ft.ops.nvidia import compiler_params, dot, plgpu
 
 
 class TileMap(NamedTuple):
@@ -102,7 +99,7 @@ def product(
         partial(_product_kernel, tiling, column_tiles, depth, columns, transposed),
         grid=(row_tiles * column_tiles,),
         out_shape=jax.ShapeDtypeStruct((rows, columns), lhs.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        compiler_params=compiler_params(tiling),
         interpret=interpret,
         name="grouped_matmul",
     )(group, start, end, lhs, rhs)
@@ -136,12 +133,12 @@ def _product_kernel(
                     slab_mask[:, None] if depth % tiling.depth else None,
                     column_mask[None, :] if columns % tiling.columns else None,
                 )
-                return total + _dot(x, _load(rhs_ref.at[group, slab, wanted], *masks), 1, 0)
+                return total + dot(x, _load(rhs_ref.at[group, slab, wanted], *masks), 1, 0)
             masks = (
                 column_mask[:, None] if columns % tiling.columns else None,
                 slab_mask[None, :] if depth % tiling.depth else None,
             )
-            return total + _dot(x, _load(rhs_ref.at[group, wanted, slab], *masks), 1, 1)
+            return total + dot(x, _load(rhs_ref.at[group, wanted, slab], *masks), 1, 1)
 
         zeros = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
         total = jax.lax.fori_loop(0, pl.cdiv(depth, tiling.depth), step, zeros)
@@ -173,7 +170,7 @@ def weight_gradient(
         partial(_weight_gradient_kernel, tiling, height, width),
         grid=grid,
         out_shape=jax.ShapeDtypeStruct((groups, height, width), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        compiler_params=compiler_params(tiling),
         interpret=interpret,
         name="grouped_matmul_weight_gradient",
     )(end - group_sizes, end, lhs, d_out)
@@ -192,7 +189,7 @@ def _weight_gradient_kernel(tiling, height, width, start_ref, end_ref, lhs_ref, 
         rows, mine = pl.ds(first, tiling.depth), (first + jnp.arange(tiling.depth) < end)[:, None]
         dy = _load(d_out_ref.at[rows, tall], mine, tall_mask[None, :] if height % tiling.rows else None)
         x = _load(lhs_ref.at[rows, wide], mine, wide_mask[None, :] if width % tiling.columns else None)
-        return total + _dot(dy, x, 0, 0)
+        return total + dot(dy, x, 0, 0)
 
     zeros = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(end - start, tiling.depth), step, zeros)
@@ -206,11 +203,6 @@ def _load(ref, *masks):
         return plgpu.load(ref)
     mask = given[0] if len(given) == 1 else given[0] & given[1]
     return plgpu.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0)
-
-
-def _dot(x, y, x_axis, y_axis):
-    """The float32 product of two tiles over one axis of each (`pl.dot` is gone from jax 0.12)."""
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _decline(lhs: jax.Array, rhs: jax.Array, interpret: bool) -> None:

@@ -76,12 +76,13 @@ def test_they_lower_for_a_gpu_at_published_widths(width):
     given = jax.eval_shape(partial(arrays, 4, 2048, width, 16, "bfloat16"))
 
     def total(given):
-        return sum(out.astype(jnp.float32).sum() for out in gated_gelu_pallas.unchecked(given, 0.05, KEY))
+        return sum(out.astype(jnp.float32).sum() for out in gated_gelu_pallas.adapted(given, 0.05, KEY))
 
     with pretended_gpu():
         traced = jax.jit(jax.value_and_grad(total)).trace(given)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("xla.gpu.triton") == 2
+    assert program.count("output_operand_alias<") == 2  # d_gate and d_up lie where gate and up did
     for way in ("forward", "backward"):
         assert f'"gated_gelu_{way}"' in program
 
