@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 from step import MODELS, decoder, peak_memory, quantization_parts
 
 from keras_gemma_ft import compilation
+from keras_gemma_ft.errors import UserError
 
 READ_BYTES = 16 * 2**20
 ALL_NF4 = quantization_parts("nf4,embedding=nf4,per_layer_embedding=nf4")
@@ -67,6 +69,7 @@ def measure(model: str, directory: Path, quantization: dict[str, Any]) -> dict[s
     from keras_gemma_ft.model import loading
     from keras_gemma_ft.model.weights import table
 
+    quantized = loading.checked(quantization)
     if not (directory / "config.json").exists():
         write(model, directory)
     files = sorted(directory.glob("*.safetensors"))
@@ -77,10 +80,14 @@ def measure(model: str, directory: Path, quantization: dict[str, Any]) -> dict[s
     forget(files)
     began = time.perf_counter()
     source = loading.open_source(directory)
-    weights = dict(loading.load(source, "bfloat16", quantization))
+    if source.config != decoder(model):
+        raise UserError(
+            f"this is no {model}", str(directory), "give another directory, or the model that it holds."
+        )
+    weights = dict(loading.load(source, "bfloat16", quantized))
     jax.block_until_ready(weights)
     load_s = time.perf_counter() - began
-    matrices = [w for w in table(source.config).values() if w.use == "matrix"]
+    matrices = [w for w in table(source.config).values() if w.use in ("matrix", "experts")]
     return {
         "model": model,
         "quantization": quantization,
@@ -102,14 +109,14 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="of the checkpoint")
     parser.add_argument("--quantization", type=quantization_parts, default=ALL_NF4)
-    parser.add_argument("--write_only", action="store_true", help="measure nothing")
     given = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     compilation.prepare()
-    if given.write_only:
-        write(given.model, given.directory)
-        return
-    print(json.dumps(measure(given.model, given.directory, given.quantization)), flush=True)
+    try:
+        print(json.dumps(measure(given.model, given.directory, given.quantization)), flush=True)
+    except (UserError, OSError) as error:
+        print(f"loading.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

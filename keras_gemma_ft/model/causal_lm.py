@@ -72,7 +72,7 @@ class GemmaCausalLM(keras.Model):
         self.config = config
         self.tokenizer = tokenizer
         self.preset = preset
-        self.quantization = _quantization(quantization)
+        self.quantization = loading.checked(quantization)
         self.lora: LoraConfig | None = None
         self.seed = seed
         self.settings = Settings(dtype=jnp.dtype(self.compute_dtype))
@@ -118,7 +118,7 @@ class GemmaCausalLM(keras.Model):
         from keras_gemma_ft.presets import resolve_preset
 
         source = loading.open_source(resolve_preset(str(preset)))
-        quantized = _quantization(quantization)
+        quantized = loading.checked(quantization)
         variable_dtype = keras.DTypePolicy(dtype).variable_dtype
         return cls(
             source.config,
@@ -482,22 +482,6 @@ class GemmaCausalLM(keras.Model):
 
 
 # --- Small things -------------------------------------------------------------------------------------------
-
-
-def _quantization(given: str | Mapping[str, str] | None) -> dict[str, loading.Storage]:
-    if given is None:
-        return {}
-    settings = {"weights": given} if isinstance(given, str) else dict(given)
-    for part, kind in settings.items():
-        known = part in ("weights", "embedding", "per_layer_embedding") and kind in ("nf4", "int8")
-        if not known and (part, kind) != ("per_layer_embedding", "host"):
-            raise UserError(
-                f"{part}: {kind!r} is no quantization",
-                where="quantization",
-                remedy="give 'nf4' or 'int8', or a mapping from weights, embedding and per_layer_embedding; "
-                "only the per-layer embedding can be 'host'.",
-            )
-    return settings  # type: ignore[return-value]
 
 
 def _assembled(parts: Mapping[str, keras.Variable], values: Values) -> QuantizedTensor:

@@ -247,6 +247,27 @@ def load(
         yield weight.name, _load_one(source, weight, dtype, kind_of(weight, quantization))
 
 
+def checked(given: str | Mapping[str, str] | None) -> Quantization:
+    """What is quantized, from a kind for all of the decoder's matrices or a mapping.
+
+    Raises:
+        UserError: There is no such part or kind.
+    """
+    if given is None:
+        return {}
+    settings = {"weights": given} if isinstance(given, str) else dict(given)
+    for part, kind in settings.items():
+        known = part in ("weights", "embedding", "per_layer_embedding") and kind in ("nf4", "int8")
+        if not known and (part, kind) != ("per_layer_embedding", "host"):
+            raise UserError(
+                f"{part}: {kind!r} is no quantization",
+                where="quantization",
+                remedy="give 'nf4' or 'int8', or a mapping from weights, embedding and per_layer_embedding; "
+                "only the per-layer embedding can be 'host'.",
+            )
+    return settings  # type: ignore[return-value]
+
+
 def kind_of(weight: Weight, quantization: Quantization | None) -> Storage | None:
     """How a weight is stored; None: in the model's dtype, on the device."""
     if not quantization or weight.use == "small":
