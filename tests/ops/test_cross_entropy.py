@@ -321,3 +321,14 @@ def test_scores_never_have_a_whole_dequantized_table(kind):
     hidden = jax.ShapeDtypeStruct((1, width), jnp.bfloat16)
     program = jax.jit(partial(scores, block_rows=rows)).lower(hidden, table).compile()
     assert program.memory_analysis().temp_size_in_bytes < vocabulary * width * 2
+
+
+@pytest.mark.parametrize(("count", "plan"), [(5, (5, 16_384)), (8191, (1024, 16_384)), (8192, (2048, 8192))])
+def test_many_tokens_come_in_longer_chunks_by_smaller_blocks(monkeypatch, count, plan):
+    seen = []
+    monkeypatch.setattr(cross_entropy, "_cross_entropy_sum", lambda plan, *rest: seen.append(plan))
+    hidden, table = jnp.zeros((count, 2)), jnp.zeros((20_000, 2))
+    cross_entropy.cross_entropy_sum(
+        hidden, table, jnp.zeros(count, int), jnp.ones(count, bool), soft_cap=None
+    )
+    assert [(plan.chunk_tokens, plan.block_rows) for plan in seen] == [plan]

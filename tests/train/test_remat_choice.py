@@ -66,6 +66,7 @@ def test_every_policy_can_be_configured_and_is_tried():
         (90, "none"),
         (45, "matmuls"),
         (44, "matmuls"),
+        (43.6, "feed_forward"),
         (43, "outputs"),
         (32, "down"),
         (30, "attention"),
