@@ -92,11 +92,13 @@ def test_projections_of_one_input_share_its_mask(masks):
 
 
 def test_every_layer_and_every_input_has_a_mask_of_its_own(masks):
-    of_width_32 = [
-        mask for role in ("v_proj", "o_proj", "gate_proj") for mask in masks[role].values() if mask.size == 32
+    inputs = [
+        mask for role in ("v_proj", "o_proj", "gate_proj", "down_proj") for mask in masks[role].values()
     ]
-    different = [tuple(mask == 0) for mask in of_width_32]
-    assert len(different) == 14 and len(set(different)) == 14
+    different = [tuple(mask[:32] == 0) for mask in inputs]  # all that the narrowest have
+    assert min(mask.size for mask in inputs) == 32
+    # Six layers, of which the two global ones have no v.
+    assert len(different) == 3 * 6 + 4 and len(set(different)) == 22
 
 
 def test_the_key_decides(decoder, masks):

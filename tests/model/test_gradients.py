@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conversations import apart, conversations, packed, unpacked
 from decoders import FLOAT32, VOCABULARY, distance, gradients, random_adapters, tokens
 from small_models import KINDS
 
+from keras_gemma_ft.model import gemma4
 from keras_gemma_ft.model.weights import ALL_LINEAR, table
 
 RANK, ALPHA = 4, 8.0
@@ -191,3 +194,27 @@ def test_every_way_to_compute_gradients_gives_the_same(ours, adapter_gradients, 
     for name, factors in expected.items():
         for factor, gradient in factors.items():
             assert distance(found[name][factor], gradient) < 1e-5, (name, factor)
+
+
+def test_each_policy_computes_less_again_than_the_one_before(decoder):
+    """Gradients are the same under every policy, also where its names are misspelt and it keeps nothing."""
+    given, ids = decoder("e2b"), jnp.ones((2, 24), jnp.int32)
+    adapters = random_adapters(given.config, RANK)
+
+    def gradient(remat: str) -> str:
+        settings = dataclasses.replace(SETTINGS, remat=remat, implementation="xla")
+
+        def total(adapters: Any) -> jax.Array:
+            return gemma4.hidden_states(
+                given.params, given.config, ids, ids, ids, settings=settings, adapters=adapters
+            ).sum()
+
+        return str(jax.make_jaxpr(jax.grad(total))(adapters))
+
+    ladder = ["full", "down", "outputs", "feed_forward", "matmuls", "none"]
+    for policies in (ladder, ["full", "attention", "outputs"]):
+        programs = [gradient(remat) for remat in policies]
+        counts = [program.count("dot_general[") for program in programs]
+        assert all(more > fewer for more, fewer in itertools.pairwise(counts)), (policies, counts)
+        for name in {name for remat in policies for name in gemma4._NAMES.get(remat, ())}:
+            assert f"name[name={name}]" in programs[0], name
