@@ -126,6 +126,31 @@ def test_a_dispatch_that_returns_at_once_is_no_step(clock):
     assert seconds == pytest.approx([5.01, 5.0, 5.0])
 
 
+@pytest.mark.parametrize(
+    ("ended", "seconds"),
+    [
+        (5.5, [2.0, 3.0, 1.0]),  # in the pause after its dispatch: seen as the next step begins
+        (6.5, [2.0, 3.5, 0.5]),  # while the next is dispatched, which ends in its own dispatch
+    ],
+)
+def test_no_step_loses_its_time_to_the_one_before(clock, ended, seconds):
+    """A dispatch takes a second and so does the pause after it; step 2 ends later than its dispatch."""
+
+    class Ending(OnDevice):
+        def is_ready(self):
+            return self.step != 2 or clock[0] >= ended
+
+    kept = Kept()
+    measure = Measurements(Batches(toy_model.rows(40), 4, seed=0), [kept], lambda step: 0.1)
+    for step in range(4):
+        measure.on_train_batch_begin(step)
+        clock[0] += 1.0
+        measure.on_train_batch_end(step, {"loss": Ending(step, [])})
+        clock[0] += 1.0
+    measure.settle()
+    assert [record["seconds"] for record in kept.records if "seconds" in record] == seconds
+
+
 def test_callbacks_get_device_arrays_and_keras_would_give_numbers():
     seen = []
 

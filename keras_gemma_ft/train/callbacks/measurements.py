@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import keras
@@ -23,12 +24,26 @@ class Writer(Protocol):
         """Ends it; nothing is written afterwards."""
 
 
+@dataclass
+class _Step:
+    """One that was dispatched and is not recorded yet; `ended` is None while nobody saw it end."""
+
+    number: int
+    logs: dict[str, Any]
+    ended: float | None = None
+
+    def is_there(self) -> bool:
+        """Whether its loss can be read without waiting for the device."""
+        return bool(getattr(self.logs.get("loss"), "is_ready", lambda: True)())
+
+
 class Measurements(keras.callbacks.Callback):
     """One record for each step; the device never waits for it.
 
     Step n is read when step n + 1 has been dispatched, so the device has work while the host reads. A step's
-    time is that between the end of the one before and its own. It ended when its dispatch returned, if its
-    loss was there by then, as it often is on a CPU; else when its loss could be read.
+    time is that between the end of the one before and its own. It ended when its loss was first seen to be
+    there: as its dispatch returned (so it often is on a CPU), as the next step began, or when it was read.
+    One that ended while the next was dispatched, which ended by then, too, is taken to have ended halfway.
 
     Args:
         batches: The run's batches, for tokens and fingerprints.
@@ -50,7 +65,7 @@ class Measurements(keras.callbacks.Callback):
         self._writers = writers
         self._learning_rate_at = learning_rate_at
         self._tokens_at_peak = tokens_at_peak
-        self._unread: tuple[int, Any, float | None] | None = None
+        self._unread: _Step | None = None
         self._clock: float | None = None
         self._began = 0.0
         self.tokens = 0
@@ -69,6 +84,8 @@ class Measurements(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._began = time.perf_counter()
+        if self._unread is not None and self._unread.ended is None and self._unread.is_there():
+            self._unread.ended = self._began
         if self._clock is None and self._unread is None and self.compile_seconds is not None:
             self._clock = self._began
 
@@ -78,9 +95,13 @@ class Measurements(keras.callbacks.Callback):
             # The first call returns when the step is compiled; running it is not waited for.
             self.compile_seconds = dispatched - self._began
             self.write({"step": self._batches.first_step, "compile_seconds": round(self.compile_seconds, 3)})
-        ended = dispatched if _is_there((logs or {}).get("loss")) else None
+        step = _Step(self._batches.first_step + batch, logs or {})
+        if step.is_there():
+            step.ended = dispatched
+            if self._unread is not None and self._unread.ended is None:
+                self._unread.ended = (self._began + dispatched) / 2
         self._read()
-        self._unread = (self._batches.first_step + batch, logs or {}, ended)
+        self._unread = step
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.settle()
@@ -88,7 +109,7 @@ class Measurements(keras.callbacks.Callback):
     def _read(self) -> None:
         if self._unread is None:
             return
-        step, logs, ended = self._unread
+        step, logs, ended = self._unread.number, self._unread.logs, self._unread.ended
         self._unread = None
         losses = {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs}
         if ended is None:
@@ -114,8 +135,3 @@ class Measurements(keras.callbacks.Callback):
         self._clock = ended
         record["batch"] = self._batches.fingerprint(step)
         self.write(record)
-
-
-def _is_there(value: Any) -> bool:
-    """Whether a value can be read without waiting for the device."""
-    return bool(getattr(value, "is_ready", lambda: True)())
