@@ -26,9 +26,9 @@ from keras_gemma_ft.ops.attention_mask import RESIDUALS
 from keras_gemma_ft.ops.dropout import drop, fold
 from keras_gemma_ft.ops.gated_gelu import Operands, gelu_product
 from keras_gemma_ft.ops.grouped_matmul import Implementation
-from keras_gemma_ft.ops.quantize import QuantizedTensor
+from keras_gemma_ft.ops.quantize import Placed, Quantized, QuantizedTensor
 
-Matrix: TypeAlias = jax.Array | QuantizedTensor
+Matrix: TypeAlias = jax.Array | Quantized
 Params: TypeAlias = Mapping[str, Any]
 """By name as in `model/weights.py`: `embed_tokens`, `own/local/q_proj`, … A matrix may be quantized."""
 Adapters: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
@@ -357,7 +357,7 @@ def _decoder_layer(
 ) -> tuple[jax.Array, KV, Any]:
     """One layer: `inputs` holds its weights or their place, adapters, number, per-layer input and cache."""
     config = layer.config
-    w = inputs["weights"] if layer.frozen is None else _taken(layer.frozen, inputs["place"])
+    w = inputs["weights"] if layer.frozen is None else _placed(layer.frozen, inputs["place"])
     if layer.settings.remat == "offload":
         x = checkpoint_name(x, "layer_input")
     norm = partial(_normed, w, config.rms_norm_eps)
@@ -382,17 +382,12 @@ def _decoder_layer(
     return x * w["layer_scalar"].astype(x.dtype), kv, cache
 
 
-def _taken(stacks: Any, place: jax.Array) -> Any:
-    """Of each array [groups, (locals,) …] what is at `place`, int [1 or 2]."""
-    depth = place.shape[0]
-
-    def one(stack: jax.Array) -> jax.Array:
-        start = [*place, *[0] * (stack.ndim - depth)]
-        return jax.lax.dynamic_slice(stack, start, (1,) * depth + stack.shape[depth:]).reshape(
-            stack.shape[depth:]
-        )
-
-    return jax.tree.map(one, stacks)
+def _placed(stacks: Mapping[str, Matrix], place: jax.Array) -> dict[str, Any]:
+    """A layer's weights, at `place` of their stacks; what is quantized stays there until it is multiplied."""
+    return {
+        name: Placed(stack, place) if isinstance(stack, QuantizedTensor) else quantize.take(stack, place)
+        for name, stack in stacks.items()
+    }
 
 
 def _normed(w: Mapping[str, jax.Array], epsilon: float, x: jax.Array, name: str) -> jax.Array:
@@ -416,11 +411,14 @@ class _Projections:
             x: Their input.
             place: Number of the input within the layer; each has a dropout mask of its own.
         """
-        outputs = {role: linear(x, self.weights[role]) for role in roles}
         adapted = [role for role in roles if role in self.adapters]
+        factors: Adapters = {}
         if adapted:
-            for role, low in zip(adapted, self._low(adapted, x, place), strict=True):
-                outputs[role] = outputs[role] + linear(low, self.adapters[role]["lora_b"].astype(x.dtype))
+            x, factors = _gradients_at_once(x, {role: self.adapters[role] for role in adapted})
+        outputs = dict(zip(roles, linears(x, [self.weights[role] for role in roles]), strict=True))
+        if adapted:
+            for role, low in zip(adapted, self._low(adapted, factors, x, place), strict=True):
+                outputs[role] = outputs[role] + linear(low, factors[role]["lora_b"].astype(x.dtype))
         return [checkpoint_name(outputs[role], role) for role in roles]
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
@@ -428,16 +426,18 @@ class _Projections:
         roles = ("gate_proj", "up_proj")
         if not self.adapters.keys() >= {*roles, "down_proj"}:
             return self(("down_proj",), gelu_product(*self(roles, x, 2)), 3)[0]
-        gate, up = (checkpoint_name(linear(x, self.weights[role]), role) for role in roles)
-        b_gate, b_up, b_down = (self.adapters[role]["lora_b"] for role in (*roles, "down_proj"))
-        low_gate, low_up = self._low(roles, x, 2)
-        a_down = self.adapters["down_proj"]["lora_a"]
+        x, factors = _gradients_at_once(x, {role: self.adapters[role] for role in (*roles, "down_proj")})
+        products = linears(x, [self.weights[role] for role in roles])
+        gate, up = (checkpoint_name(product, role) for product, role in zip(products, roles, strict=True))
+        b_gate, b_up, b_down = (factors[role]["lora_b"] for role in (*roles, "down_proj"))
+        low_gate, low_up = self._low(roles, factors, x, 2)
+        a_down = factors["down_proj"]["lora_a"]
         operands = Operands(gate, up, low_gate, low_up, b_gate, b_up, a_down)
         product, low = gated_gelu.adapted(operands, *self._dropout(3))
         change = linear(self._scaled(low), b_down.astype(x.dtype))
         return checkpoint_name(linear(product, self.weights["down_proj"]) + change, "down_proj")
 
-    def _low(self, roles: Sequence[str], x: jax.Array, place: int) -> list[jax.Array]:
+    def _low(self, roles: Sequence[str], factors: Adapters, x: jax.Array, place: int) -> list[jax.Array]:
         """scale · A x of each role, in x's dtype; the factors are float32 and rounded to it here.
 
         All A stand in one product, which reads x once.
@@ -445,7 +445,7 @@ class _Projections:
         rate, key = self._dropout(place)
         if key is not None:
             x = drop(x, rate, key)
-        a = jnp.concatenate([self.adapters[role]["lora_a"] for role in roles])
+        a = jnp.concatenate([factors[role]["lora_a"] for role in roles])
         return jnp.split(self._scaled(linear(x, a.astype(x.dtype))), len(roles), axis=-1)
 
     def _dropout(self, place: int) -> tuple[float, jax.Array | None]:
@@ -461,11 +461,34 @@ class _Projections:
         return checkpoint_name((low.astype(jnp.float32) * scale).astype(low.dtype), "low")
 
 
+@jax.custom_vjp
+def _gradients_at_once(x: jax.Array, factors: Adapters) -> tuple[jax.Array, Adapters]:
+    """An input and the adapters that read it, as they are; in the backward pass, their gradients together.
+
+    XLA would put the factors' gradients off to the end of the layer, or for a global one until the group's
+    local ones are through, and keep until then what they are computed from: half of what a layer works with.
+    """
+    return x, factors
+
+
+_gradients_at_once.defvjp(
+    lambda x, factors: ((x, factors), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
+
+
 def linear(x: jax.Array, weight: Matrix) -> jax.Array:
     """x [..., in] times a matrix [out, in], transposed: [..., out] in x's dtype."""
-    if isinstance(weight, QuantizedTensor):
-        return quantize.linear(x, weight)
-    return jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return linears(x, [weight])[0]
+
+
+def linears(x: jax.Array, weights: Sequence[Matrix]) -> list[jax.Array]:
+    """x [..., in] times each of some matrices [out, in], all of them quantized or none."""
+    quantized = [weight for weight in weights if isinstance(weight, Quantized)]
+    if quantized:
+        return quantize.linears(x, quantized)
+    arrays = [jnp.asarray(weight, x.dtype) for weight in weights]
+    return [jax.lax.dot_general(x, array, (((x.ndim - 1,), (1,)), ((), ()))) for array in arrays]
 
 
 def _attention(
@@ -548,7 +571,7 @@ def _experts(
 # --- Embeddings ---------------------------------------------------------------------------------------------
 
 
-def _rows(table: Matrix, ids: jax.Array, dtype: Any) -> jax.Array:
+def _rows(table: cross_entropy.Table, ids: jax.Array, dtype: Any) -> jax.Array:
     if isinstance(table, QuantizedTensor):
         return quantize.gather_rows(table, ids, dtype)
     rows = host.gather_rows(table, ids) if host.holds(table) else table[ids]

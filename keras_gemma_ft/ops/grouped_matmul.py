@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from keras_gemma_ft.ops import pallas_grouped_matmul
-from keras_gemma_ft.ops.quantize import QuantizedTensor, dequantize
+from keras_gemma_ft.ops.quantize import Quantized, dequantized_after
 
 Implementation = Literal["auto", "reference", "tiled", "ragged", "pallas", "pallas_interpret"]
-Weight: TypeAlias = jax.Array | QuantizedTensor
+Weight: TypeAlias = jax.Array | Quantized
 
 
 def grouped_matmul(
@@ -37,7 +37,7 @@ def grouped_matmul(
 
     Args:
         lhs: [M, K], rows sorted by group.
-        rhs: [E, N, K], an array of lhs's dtype or a QuantizedTensor.
+        rhs: [E, N, K], an array or a quantized stack.
         group_sizes: int32 [E]; their sum must be M.
         implementation: A rung, or "auto": "pallas" on GPU, "ragged" on TPU, and "tiled" elsewhere or where
             those decline.
@@ -55,13 +55,12 @@ def grouped_matmul(
 def _grouped_matmul(
     implementation: Implementation, lhs: jax.Array, rhs: Weight, group_sizes: jax.Array
 ) -> jax.Array:
-    if isinstance(rhs, QuantizedTensor):
-        lhs, rhs = jax.lax.optimization_barrier((lhs, rhs))
-    return _first_willing(implementation, "product", lhs, _dense(rhs, lhs.dtype), group_sizes, False)
+    lhs, dense = _with_dense(lhs, rhs)
+    return _first_willing(implementation, "product", lhs, dense, group_sizes, False)
 
 
 def _forward(implementation, lhs, rhs, group_sizes):
-    train_rhs = not isinstance(rhs, QuantizedTensor) and rhs.perturbed
+    train_rhs = not isinstance(rhs, Quantized) and rhs.perturbed
     lhs, rhs, group_sizes = jax.tree.map(lambda leaf: leaf.value, (lhs, rhs, group_sizes), is_leaf=_is_primal)
     out = _grouped_matmul(implementation, lhs, rhs, group_sizes)
     return out, (lhs if train_rhs else None, rhs, group_sizes)
@@ -71,9 +70,8 @@ def _backward(implementation, residuals, d_out):
     lhs, rhs, group_sizes = residuals
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
         return None, None, None
-    if isinstance(rhs, QuantizedTensor):
-        d_out, rhs = jax.lax.optimization_barrier((d_out, rhs))
-    d_lhs = _first_willing(implementation, "product", d_out, _dense(rhs, d_out.dtype), group_sizes, True)
+    d_out, dense = _with_dense(d_out, rhs)
+    d_lhs = _first_willing(implementation, "product", d_out, dense, group_sizes, True)
     if lhs is None:
         return d_lhs, None, None
     d_rhs = _first_willing(implementation, "weight_gradient", lhs, d_out, group_sizes)
@@ -87,8 +85,8 @@ def _is_primal(leaf: object) -> bool:
 _grouped_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _dense(rhs: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    return dequantize(rhs, dtype) if isinstance(rhs, QuantizedTensor) else rhs.astype(dtype)
+def _with_dense(rows: jax.Array, rhs: Weight) -> tuple[jax.Array, jax.Array]:
+    return dequantized_after(rows, rhs)[:2] if isinstance(rhs, Quantized) else (rows, rhs.astype(rows.dtype))
 
 
 # --- The ladder ---------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def expert_ffn(
         x: [T, D].
         expert_indices: int32 [T, k].
         expert_weights: [T, k].
-        gate_up: [E, 2F, D], the gates' F rows first; an array or a QuantizedTensor.
+        gate_up: [E, 2F, D], the gates' F rows first; an array or a quantized stack.
         down: [E, D, F], likewise.
         lora: Adapters of the experts.
         implementation: See `grouped_matmul`.

@@ -9,9 +9,9 @@ each time where the product needs it.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,39 @@ class QuantizedTensor:
     def __getitem__(self, index: Any) -> "QuantizedTensor":
         """Indexes the leading axes, as `array[index]` would."""
         return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A matrix, or a stack, where it lies in a larger stack: the product that reads it takes it out there.
+
+    Attributes:
+        stack: The larger one.
+        place: int32 [n], the place in its first n axes.
+    """
+
+    stack: QuantizedTensor
+    place: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of what is taken."""
+        return self.stack.shape[self.place.shape[0] :]
+
+
+Quantized: TypeAlias = QuantizedTensor | Placed
+
+
+def take(stacks: Any, place: jax.Array) -> Any:
+    """Of each array of a pytree, whose leading axes stack what follows, what is at `place`, int32 [axes]."""
+
+    def one(stack: jax.Array) -> jax.Array:
+        rest = stack.shape[place.shape[0] :]
+        start = [*place, *[0] * len(rest)]
+        return jax.lax.dynamic_slice(stack, start, (1,) * place.shape[0] + rest).reshape(rest)
+
+    return jax.tree.map(one, stacks)
 
 
 @partial(jax.jit, static_argnames=("kind", "double"))
@@ -124,6 +157,24 @@ def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat
     return nf4.dequantize_blocks(tensor.codes, absmax, dtype)
 
 
+def dequantized_after(x: jax.Array, matrix: Quantized, before: Any = ()) -> tuple[jax.Array, jax.Array, Any]:
+    """x, a quantized matrix or stack in x's dtype that exists no sooner than x and `before`, and `before`.
+
+    A placed one is taken out of its stack behind the barrier, too, as a part of dequantizing it. The smallest
+    part of the stack goes through the barrier: those of two matrices would else be one, and both matrices
+    would be dequantized together.
+    """
+    if isinstance(matrix, Placed):
+        leaves, structure = jax.tree.flatten(matrix.stack)
+        smallest = min(range(len(leaves)), key=lambda number: leaves[number].size)
+        waiting = (x, before, matrix.place, leaves[smallest])
+        x, before, place, leaves[smallest] = jax.lax.optimization_barrier(waiting)
+        tensor = take(jax.tree.unflatten(structure, leaves), place)
+    else:
+        x, before, tensor = jax.lax.optimization_barrier((x, before, matrix))
+    return x, dequantize(tensor, x.dtype), before
+
+
 def gather_rows(
     tensor: QuantizedTensor, ids: jax.Array, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> jax.Array:
@@ -140,28 +191,44 @@ def _int8_values(codes: jax.Array, absmax: jax.Array, dtype: jax.typing.DTypeLik
     return (codes.astype(jnp.float32) * (absmax * np.float32(1 / 127))[..., None]).astype(dtype)
 
 
+def linear(x: jax.Array, matrix: Quantized) -> jax.Array:
+    """x [..., in] times one quantized matrix [out, in], transposed: [..., out]; see `linears`."""
+    return linears(x, (matrix,))[0]
+
+
 @jax.custom_vjp
-def linear(x: jax.Array, tensor: QuantizedTensor) -> jax.Array:
-    """x [..., in] times one quantized matrix [out, in], transposed: [..., out] in x's dtype.
+def linears(x: jax.Array, matrices: Sequence[Quantized]) -> list[jax.Array]:
+    """x [..., in] times each of some quantized matrices [out, in], transposed: [..., out] in x's dtype.
 
-    The gradient is taken with respect to x only. Each pass dequantizes for itself, behind an optimization
-    barrier that waits for the pass's own input: the compiler can neither keep the dequantized weight from one
-    pass to the other nor dequantize a whole block's weights ahead of their use.
+    The gradient is taken with respect to x only. Each pass dequantizes for itself and one matrix after the
+    other, behind optimization barriers that wait for the pass's own input and for the product before: the
+    compiler can neither keep a dequantized weight from one pass to the other nor dequantize weights ahead of
+    their use.
     """
-    tensor, x = jax.lax.optimization_barrier((tensor, x))
-    return jax.lax.dot_general(x, dequantize(tensor, x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    outputs: list[jax.Array] = []
+    for matrix in matrices:
+        x, weight, outputs = dequantized_after(x, matrix, outputs)
+        outputs = [*outputs, jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))]
+    return outputs
 
 
-def _linear_forward(x: jax.Array, tensor: QuantizedTensor) -> tuple[jax.Array, QuantizedTensor]:
-    return linear(x, tensor), tensor
+def _linears_forward(
+    x: jax.Array, matrices: Sequence[Quantized]
+) -> tuple[list[jax.Array], Sequence[Quantized]]:
+    return linears(x, matrices), matrices
 
 
-def _linear_backward(tensor: QuantizedTensor, dy: jax.Array) -> tuple[jax.Array, None]:
-    tensor, dy = jax.lax.optimization_barrier((tensor, dy))
-    return jax.lax.dot_general(dy, dequantize(tensor, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))), None
+def _linears_backward(matrices: Sequence[Quantized], dys: list[jax.Array]) -> tuple[jax.Array, None]:
+    dx: jax.Array | None = None
+    for matrix, dy in zip(matrices, dys, strict=True):
+        dy, weight, dx = dequantized_after(dy, matrix, dx)
+        product = jax.lax.dot_general(dy, weight, (((dy.ndim - 1,), (0,)), ((), ())))
+        dx = product if dx is None else dx + product
+    assert dx is not None, "there is a matrix"
+    return dx, None
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+linears.defvjp(_linears_forward, _linears_backward)
 
 
 # --- Files --------------------------------------------------------------------------------------------------

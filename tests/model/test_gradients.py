@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conversations import apart, conversations, packed, unpacked
 from decoders import FLOAT32, VOCABULARY, distance, gradients, random_adapters, tokens
+from programs import depends_on, equations
 from small_models import KINDS
 
 from keras_gemma_ft.model import gemma4
@@ -218,3 +219,34 @@ def test_each_policy_computes_less_again_than_the_one_before(decoder):
         assert all(more > fewer for more, fewer in itertools.pairwise(counts)), (policies, counts)
         for name in {name for remat in policies for name in gemma4._NAMES.get(remat, ())}:
             assert f"name[name={name}]" in programs[0], name
+
+
+def test_an_inputs_gradient_waits_for_those_of_its_adapters():
+    """XLA would put them off, and keep until then what they are computed from."""
+
+    def total(x: jax.Array, factors: Any) -> jax.Array:
+        x, factors = gemma4._gradients_at_once(x, factors)
+        return (x @ factors["q_proj"]["lora_a"].T).sum()
+
+    x, factors = jnp.ones((5, 8)), {"q_proj": {"lora_a": jnp.ones((3, 8))}}
+    program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x, factors).jaxpr
+    products = [e.outvars[0] for e in program.eqns if e.primitive.name == "dot_general"]
+    (of_factor,) = (value for value in products if value.aval.shape in ((8, 3), (3, 8)))
+    assert depends_on(program.outvars[0], {of_factor}, program.eqns)
+
+
+def test_the_gradients_of_all_adapters_are_waited_for(decoder):
+    given, ids = decoder("e2b"), jnp.ones((2, 24), jnp.int32)
+    adapters = random_adapters(given.config, RANK)
+
+    def total(adapters: Any) -> jax.Array:
+        return gemma4.hidden_states(
+            given.params, given.config, ids, ids, ids, settings=SETTINGS, adapters=adapters
+        ).sum()
+
+    program = equations(jax.make_jaxpr(jax.grad(total))(adapters).jaxpr)
+    barriers = [equation for equation in program if equation.primitive.name == "optimization_barrier"]
+    waited_for = {value.aval.shape for equation in barriers for value in equation.invars}
+    for name, factors in adapters.items():
+        for factor, stack in factors.items():
+            assert stack.shape[-2:] in waited_for, (name, factor)

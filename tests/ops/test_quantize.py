@@ -1,5 +1,6 @@
 """Quantized tensors: stacks, rows, products with their gradients, and files."""
 
+import itertools
 from pathlib import Path
 from typing import cast
 
@@ -7,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import depends_on, equations
 
 from keras_gemma_ft.ops.quantize import (
     Kind,
+    Placed,
     QuantizedTensor,
     dequantize,
     from_arrays,
     gather_rows,
     linear,
+    linears,
     quantize,
     quantize_pieces,
     to_arrays,
@@ -109,6 +113,64 @@ def test_linear_works_under_remat_and_scan_with_a_bf16_input() -> None:
     assert gradient.dtype == jnp.bfloat16
     expected = jax.grad(dense_loss)(x)
     assert jnp.linalg.norm(gradient - expected) < 0.05 * jnp.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+@pytest.mark.parametrize("place", [(2,), (1, 2)])
+def test_a_placed_matrix_is_that_of_its_place(kind: Kind, double: bool, place: tuple[int, ...]) -> None:
+    stack = quantize(normal(*(3,) * len(place), 48, 128), kind, double)
+    placed, x, dy = Placed(stack, jnp.array(place)), normal(5, 128, seed=1), normal(5, 48, seed=2)
+    assert placed.shape == stack[place].shape == (48, 128)
+    y, backward = jax.vjp(lambda x: linear(x, placed), x)
+    expected_y, expected_backward = jax.vjp(lambda x: linear(x, stack[place]), x)
+    np.testing.assert_array_equal(y, expected_y)
+    np.testing.assert_array_equal(backward(dy)[0], expected_backward(dy)[0])
+
+
+def test_a_layers_placed_matrix_is_kept_as_a_place() -> None:
+    """A scan keeps no codes for the backward pass, and takes none out of the stack ahead of a barrier."""
+    stack = quantize(normal(3, 64, 64))
+
+    def loss(x: jax.Array) -> jax.Array:
+        body = lambda carry, place: (jnp.tanh(linear(carry, Placed(stack, place))), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(body, x, jnp.arange(3)[:, None])[0])
+
+    program = list(equations(jax.make_jaxpr(jax.grad(loss))(normal(4, 64)).jaxpr))
+    kept = [out.aval for equation in program if equation.primitive.name == "scan" for out in equation.outvars]
+    assert kept
+    assert not any(aval.dtype == jnp.uint8 for aval in kept)
+    behind = {out for e in program if e.primitive.name == "optimization_barrier" for out in e.outvars}
+    takes = [e for e in program if e.primitive.name == "dynamic_slice"]
+    taken = [e for e in takes if e.outvars[0].aval.dtype == jnp.uint8]
+    assert len(taken) == 4  # codes and scales, in both passes
+    for equation in taken:
+        assert depends_on(equation.invars[1], behind, program)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_several_matrices_are_dequantized_one_after_the_other(placed: bool) -> None:
+    stack = quantize(normal(3, 48, 128))
+    places = jnp.arange(3)[:, None]
+    matrices = [Placed(stack, place) if placed else stack[place[0]] for place in places]
+    x, dys = normal(5, 128, seed=1), [normal(5, 48, seed=seed) for seed in (2, 3, 4)]
+
+    def both(x: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array]]:
+        ys, backward = jax.vjp(lambda x: linears(x, matrices), x)
+        return ys, backward(dys)
+
+    ys, (dx,) = both(x)
+    singly = [jax.vjp(lambda x, matrix=matrix: linear(x, matrix), x) for matrix in matrices]
+    for y, (expected, _) in zip(ys, singly, strict=True):
+        np.testing.assert_array_equal(y, expected)
+    expected = sum(backward(dy)[0] for (_, backward), dy in zip(singly, dys, strict=True))
+    np.testing.assert_allclose(dx, expected, rtol=1e-6, atol=1e-5)
+
+    program = list(equations(jax.make_jaxpr(both)(x).jaxpr))
+    products = [equation for equation in program if equation.primitive.name == "dot_general"]
+    assert len(products) == 6
+    for passed in (products[:3], products[3:]):
+        for before, after in itertools.pairwise(passed):
+            assert depends_on(after.invars[1], set(before.outvars), program)
 
 
 @pytest.mark.parametrize(

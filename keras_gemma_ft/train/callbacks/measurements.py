@@ -111,7 +111,7 @@ class Measurements(keras.callbacks.Callback):
             return
         step, logs, ended = self._unread.number, self._unread.logs, self._unread.ended
         self._unread = None
-        losses = {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs}
+        losses: Record = {name: float(logs[name]) for name in ("loss", "grad_norm") if name in logs}
         if ended is None:
             ended = time.perf_counter()
         tokens = self._batches.tokens(step)
