@@ -335,7 +335,8 @@ FIELDS: tuple[Field, ...] = (
         "train.remat",
         "full",
         "what the backward pass computes again: full keeps each layer's input; attention also what "
-        "attention's backward pass needs; down instead what the feed-forward network gives; outputs both; "
+        "attention's backward pass needs; down instead what the feed-forward network gives; "
+        "sublayers also what attention's output projection gives; outputs what attention and down keep; "
         "feed_forward also what gate, up and attention's output projection give; matmuls all projections' "
         "outputs; none keeps all; offload keeps each layer's input in host memory; auto compiles one after "
         "the other, the fastest first, until a step fits the device",
@@ -344,6 +345,7 @@ FIELDS: tuple[Field, ...] = (
             "full",
             "attention",
             "down",
+            "sublayers",
             "outputs",
             "feed_forward",
             "matmuls",

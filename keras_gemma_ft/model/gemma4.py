@@ -39,14 +39,18 @@ Attend: TypeAlias = Callable[[LayerKind, jax.Array, KV | None, KV | None, Any], 
 them), those that KV-shared layers use, and its cache; it gives the output [B, T, H, W], k and v for layers
 that share them, and the new cache."""
 
-Remat = Literal["full", "attention", "down", "outputs", "feed_forward", "matmuls", "none", "offload"]
+Remat = Literal[
+    "full", "attention", "down", "sublayers", "outputs", "feed_forward", "matmuls", "none", "offload"
+]
 # What the backward pass finds ready-made besides each layer's input; all else it computes again.
 _DOWN = ("down_proj", "low")
-_FEED_FORWARD = (RESIDUALS, *_DOWN, "o_proj", "gate_proj", "up_proj")
+_SUBLAYERS = (*_DOWN, "o_proj")
+_FEED_FORWARD = (RESIDUALS, *_SUBLAYERS, "gate_proj", "up_proj")
 _NAMES = {
     "full": (),
     "attention": (RESIDUALS,),
     "down": _DOWN,
+    "sublayers": _SUBLAYERS,
     "outputs": (RESIDUALS, *_DOWN),
     "feed_forward": _FEED_FORWARD,
     "matmuls": (*_FEED_FORWARD, "q_proj", "k_proj", "v_proj", "per_layer_input_gate", "per_layer_projection"),
@@ -61,7 +65,8 @@ class Settings:
         dtype: Of activations.
         remat: What is recomputed in the backward pass: "full" keeps each layer's input; "attention" also what
             attention's backward pass needs; "down" instead what the feed-forward network gives, and what the
-            adapters' A give; "outputs" both; "feed_forward" also what o_proj, gate_proj and up_proj give;
+            adapters' A give; "sublayers" also what o_proj gives; "outputs" what "attention" and "down" keep;
+            "feed_forward" also what o_proj, gate_proj and up_proj give;
             "matmuls" also the other projections' outputs; "none" keeps all; "offload" keeps each layer's
             input in host memory.
         unroll: Whether all layers are written out instead of scanned over. What the backward pass is to find

@@ -19,6 +19,7 @@ LADDER: tuple[Remat, ...] = (
     "matmuls",
     "feed_forward",
     "outputs",
+    "sublayers",
     "down",
     "attention",
     "full",

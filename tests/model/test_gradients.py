@@ -180,6 +180,7 @@ heavy = pytest.mark.heavy
         pytest.param({"remat": "none"}, id="none"),
         pytest.param({"remat": "matmuls", "unroll": True}, id="matmuls unrolled"),
         pytest.param({"remat": "down"}, id="down", marks=heavy),
+        pytest.param({"remat": "sublayers"}, id="sublayers", marks=heavy),
         pytest.param({"remat": "outputs"}, id="outputs", marks=heavy),
         pytest.param({"remat": "feed_forward"}, id="feed_forward", marks=heavy),
         pytest.param({"remat": "attention"}, id="attention", marks=heavy),
@@ -213,7 +214,7 @@ def test_each_policy_computes_less_again_than_the_one_before(decoder):
         return str(jax.make_jaxpr(jax.grad(total))(adapters))
 
     ladder = ["full", "down", "outputs", "feed_forward", "matmuls", "none"]
-    for policies in (ladder, ["full", "attention", "outputs"]):
+    for policies in (ladder, ["full", "attention", "outputs"], ["down", "sublayers", "feed_forward"]):
         programs = [gradient(remat) for remat in policies]
         counts = [program.count("dot_general[") for program in programs]
         assert all(more > fewer for more, fewer in itertools.pairwise(counts)), (policies, counts)

@@ -52,6 +52,8 @@ def sizes(monkeypatch):
 
 
 GIB = 2**30
+NEEDS = {"none": 80, "matmuls": 44, "feed_forward": 43.5, "outputs": 33, "sublayers": 32.5, "down": 31}
+NEEDS |= {"attention": 30, "full": 20, "offload": 9.5}
 
 
 def test_every_policy_can_be_configured_and_is_tried():
@@ -68,13 +70,14 @@ def test_every_policy_can_be_configured_and_is_tried():
         (44, "matmuls"),
         (43.6, "feed_forward"),
         (43, "outputs"),
+        (32.5, "sublayers"),
         (32, "down"),
         (30, "attention"),
         (10, "offload"),
     ],
 )
 def test_the_fastest_that_fits(sizes, limit, taken):
-    sizes(none=80, matmuls=44, feed_forward=43.5, outputs=33, down=31, attention=30, full=20, offload=9)
+    sizes(**NEEDS)
     model = build()
     choice = remat_choice.choose_remat(model, BATCH, limit=limit * GIB)
     assert choice.remat == model.settings.remat == taken
@@ -82,17 +85,18 @@ def test_the_fastest_that_fits(sizes, limit, taken):
 
 
 def test_it_says_why(sizes):
-    sizes(none=None, matmuls=44.1, feed_forward=43, outputs=40.5, down=40.25, attention=30.25)
+    sizes(none=None, matmuls=44.1, feed_forward=43, outputs=40.5, sublayers=40.4, down=40.25, attention=30.25)
     choice = remat_choice.choose_remat(build(), BATCH, limit=40 * GIB)
     assert str(choice) == (
         "remat: attention; of 40.00 GiB attention needs 30.25 GiB, none does not compile, "
-        "matmuls needs 44.10 GiB, feed_forward needs 43.00 GiB, outputs needs 40.50 GiB, down needs 40.25 GiB"
+        "matmuls needs 44.10 GiB, feed_forward needs 43.00 GiB, outputs needs 40.50 GiB, "
+        "sublayers needs 40.40 GiB, down needs 40.25 GiB"
     )
 
 
 @pytest.mark.parametrize(("method", "remedy"), [("lora", "method=qlora"), ("qlora", "embedding=int8")])
 def test_nothing_fits(sizes, method, remedy):
-    sizes(none=80, matmuls=44, feed_forward=43, outputs=33, down=31, attention=30, full=20, offload=9.5)
+    sizes(**NEEDS)
     model = build()
     model.micro_batch_size = 2
     message = r"train.remat: .* at least 9.50 GiB, and 8.00 GiB .*\n.*micro_batch_size below 2, .*" + remedy
