@@ -67,8 +67,7 @@ def measure(case: Sequence[str], seconds: float, warm: bool, vs_peft: bool) -> d
         vs_peft: Whether PEFT's step is measured, too.
     """
     with tempfile.TemporaryDirectory() as directory:
-        # Every program is kept: a first step waits for small ones, too.
-        environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", CACHE: directory, **os.environ}
+        environment = {CACHE: directory, **os.environ}
         result = run_apart(HERE / "step.py", case, seconds, environment)
         if warm and "error" not in result:
             again = run_apart(HERE / "step.py", [*case, "--steps=1"], seconds, environment)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from keras_gemma_ft.compilation import CACHE, JAX_CACHE, prepare
+from keras_gemma_ft.compilation import CACHE, JAX_CACHE, JAX_LEAST, prepare
 
 
 def prepared(**environment: str) -> dict[str, str]:
@@ -19,6 +19,12 @@ def test_programs_are_kept_elsewhere_or_nowhere_if_asked_for():
     assert prepared(**{CACHE: "/fast/disk"})[JAX_CACHE] == "/fast/disk"
     assert JAX_CACHE not in prepared(**{CACHE: "off"})
     assert prepared(**{JAX_CACHE: "/given/to/jax", CACHE: "/fast/disk"})[JAX_CACHE] == "/given/to/jax"
+
+
+def test_programs_of_a_tenth_of_a_second_are_kept_unless_the_user_says_otherwise():
+    assert prepared()[JAX_LEAST] == "0.1"
+    assert prepared(**{JAX_LEAST: "5"})[JAX_LEAST] == "5"
+    assert JAX_LEAST not in prepared(**{CACHE: "off"})
 
 
 def test_flags_are_added_to_the_users_unless_they_set_them():

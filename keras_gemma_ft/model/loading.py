@@ -6,6 +6,7 @@ by layer on the device, so that no unquantized stack of it ever exists.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.model import reading
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.model.weights import Weight
 from keras_gemma_ft.model.weights import table as weights_of
@@ -243,8 +245,16 @@ def load(
         dtype: Of what is not quantized.
         quantization: See `Quantization`; None: nothing is.
     """
-    for weight in weights_of(source.config).values():
-        yield weight.name, _load_one(source, weight, dtype, kind_of(weight, quantization))
+    weights = weights_of(source.config)
+    kinds = {name: kind_of(weight, quantization) for name, weight in weights.items()}
+    arrays = (
+        (name, array)
+        for name, weight in weights.items()
+        for array in _arrays(source, weight, whole=kinds[name] == "host")
+    )
+    for name, its_arrays in itertools.groupby(reading.ahead(arrays), key=lambda item: item[0]):
+        parts = (array for _, array in its_arrays)
+        yield name, _load_one(weights[name], parts, dtype, kinds[name])
 
 
 def checked(given: str | Mapping[str, str] | None) -> Quantization:
@@ -278,18 +288,30 @@ def kind_of(weight: Weight, quantization: Quantization | None) -> Storage | None
     return quantization.get("weights")
 
 
+def _arrays(source: Source, weight: Weight, *, whole: bool) -> Iterator[Any]:
+    """What a weight is read as: layer by layer, a table in pieces unless `whole`."""
+    if weight.in_layers:
+        return (source.part(weight, index) for index in _places(weight))
+    part = source.part(weight, ())
+    return _pieces(part) if weight.use == "embedding" and not whole else iter([part])
+
+
+def _places(weight: Weight) -> list[tuple[int, ...]]:
+    return list(np.ndindex(weight.layers.shape))
+
+
 def _load_one(
-    source: Source, weight: Weight, dtype: str, kind: Storage | None
+    weight: Weight, arrays: Iterator[Any], dtype: str, kind: Storage | None
 ) -> jax.Array | QuantizedTensor:
     if kind == "host":
-        return _on_host(source.part(weight, ()), dtype)
-    indices: list[tuple[int, ...]] = list(np.ndindex(weight.layers.shape)) if weight.in_layers else [()]
+        return _on_host(next(arrays), dtype)
     if kind is None:
-        return _stacked(source, weight, indices, dtype)
+        return _stacked(weight, arrays, dtype)
+    on_device = map(jax.device_put, arrays)
     if weight.use == "embedding":
-        return quantize_pieces(_pieces(source.part(weight, ())), kind)
-    parts = (_quantize(jnp.asarray(source.part(weight, index)), kind) for index in indices)
-    return _in_place(weight, indices, parts) if weight.in_layers else next(parts)
+        return quantize_pieces(on_device, weight.shape[0], kind)
+    quantized = (_quantize(array, kind) for array in on_device)
+    return _in_place(weight, quantized) if weight.in_layers else next(quantized)
 
 
 _quantize = jax.jit(quantize, static_argnums=1)
@@ -312,22 +334,26 @@ def _on_host(table: Any, dtype: str) -> jax.Array:
         ) from error
 
 
-def _stacked(source: Source, weight: Weight, indices: list[tuple[int, ...]], dtype: str) -> jax.Array:
-    first = source.part(weight, indices[0])
-    if isinstance(first, _RandomTable):
-        table, row = jnp.zeros(weight.shape, dtype), 0
-        for piece in _pieces(first):
-            table, row = _put_rows(table, piece, row), row + len(piece)
-        return table
+def _stacked(weight: Weight, arrays: Iterator[Any], dtype: str) -> jax.Array:
+    first = next(arrays)
+    arrays = itertools.chain([first], arrays)
     if isinstance(first, jax.Array):
-        if not weight.in_layers:
-            return first.astype(dtype)
-        return _in_place(weight, indices, (source.part(weight, index).astype(dtype) for index in indices))
-    stacked = np.empty(weight.stacked_shape, jnp.dtype(dtype))
-    for index in indices:
-        stacked[index] = source.part(weight, index)
+        if weight.in_layers:
+            return _in_place(weight, (array.astype(dtype) for array in arrays))
+        table, row = jnp.zeros(weight.shape, dtype), 0
+        for rows in arrays:
+            table, row = _put_rows(table, rows, row), row + len(rows)
+        return table
+    stacked = reading.aligned(weight.stacked_shape, jnp.dtype(dtype))
+    if weight.in_layers:
+        for place, array in zip(_places(weight), arrays, strict=True):
+            stacked[place] = array
+    else:
+        row = 0
+        for rows in arrays:
+            stacked[row : row + len(rows)], row = rows, row + len(rows)
     # Until it has arrived, this copy lives on; the next weight's would come to lie beside it.
-    return jnp.asarray(stacked).block_until_ready()
+    return jax.device_put(stacked).block_until_ready()
 
 
 @jax.jit(donate_argnums=0)
@@ -335,18 +361,18 @@ def _put_rows(out: jax.Array, rows: jax.Array, place: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(out, rows.astype(out.dtype), place, 0)
 
 
-def _in_place(weight: Weight, indices: Iterable[tuple[int, ...]], parts: Iterable[Any]) -> Any:
+def _in_place(weight: Weight, parts: Iterable[Any]) -> Any:
     """A stack of the layers' parts, each put to its place at once.
 
     Kept until the end and stacked then, they would exist twice; and so would a stack that changes its shape.
     """
     stack: Any = None
-    for index, part in zip(indices, parts, strict=True):
+    for place, part in zip(_places(weight), parts, strict=True):
         if stack is None:
             stack = jax.tree.map(
                 lambda leaf: jnp.zeros((*weight.layers.shape, *leaf.shape), leaf.dtype), part
             )
-        stack = _put_layer(stack, part, np.array(index, np.int32))
+        stack = _put_layer(stack, part, np.array(place, np.int32))
     return stack
 
 
@@ -359,7 +385,7 @@ def _put_layer(stack: Any, layer: Any, place: jax.Array) -> Any:
     return jax.tree.map(put, stack, layer)
 
 
-def _pieces(matrix: Any) -> Iterable[Any]:
+def _pieces(matrix: Any) -> Iterator[Any]:
     rows = max(64, _PIECE // (matrix.shape[1] * matrix.dtype.itemsize) // 64 * 64)
     return (matrix[start : start + rows] for start in range(0, matrix.shape[0], rows))
 

@@ -13,6 +13,7 @@ division, whose last bit some backends get wrong, is done in integers, and no pr
 compiler could contract. Every function takes leading axes: a stack of matrices is quantized matrix by matrix.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import jax
@@ -97,13 +98,45 @@ def quantize_blocks(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         raise ValueError(
             f"NF4 needs an even input width and out·in divisible by {BLOCK}, got [{rows}, {columns}]"
         )
+    absmax = _largest_magnitudes(weight.reshape(*stack, -1, BLOCK))
     blocks = weight.reshape(*stack, -1, BLOCK).astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
     scaled = blocks * reciprocal(absmax)[..., None]
-    indices = sum((scaled > bound).astype(jnp.int32) for bound in _BOUNDS).astype(jnp.uint8)
+    indices = _nearest_level(scaled).astype(jnp.uint8)
     # Two bytes at once: XLA's CPU code is five times faster than with strided slices (1.1 GB/s of bfloat16).
     pairs = jax.lax.bitcast_convert_type(indices.reshape(*stack, rows, columns // 2, 2), jnp.uint16)
     return ((pairs << 4) | (pairs >> 8)).astype(jnp.uint8), absmax
+
+
+def _largest_magnitudes(blocks: jax.Array) -> jax.Array:
+    """The largest magnitude of each block [..., 64], float32 [...].
+
+    Without their sign, floats are in the order of the integers that their bits spell. And one maximum over 64
+    would be one number after the other in XLA's CPU code: 28 ms for [10240, 2560], where these two take 2.
+    """
+    unsigned = jnp.uint16 if blocks.dtype.itemsize == 2 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(blocks, unsigned) & (jnp.iinfo(unsigned).max >> 1)
+    lanes = jax.lax.optimization_barrier(bits.reshape(*blocks.shape[:-1], 4, 16).max(axis=-2))
+    return jax.lax.bitcast_convert_type(lanes.max(axis=-1), blocks.dtype).astype(jnp.float32)
+
+
+def _nearest_level(scaled: jax.Array) -> jax.Array:
+    """How many of the 15 bounds between levels lie below, int32, from the first bit to the last."""
+    bits: list[jax.Array] = []
+    index = jnp.zeros(scaled.shape, jnp.int32)
+    for step in (8, 4, 2, 1):
+        bounds = [_BOUNDS[first + step - 1] for first in range(0, 16, 2 * step)]
+        bits.append(scaled > _selected(bits, bounds))
+        index = (index << 1) | bits[-1].astype(jnp.int32)
+    return index
+
+
+def _selected(bits: Sequence[jax.Array], values: Sequence[np.float32]) -> jax.Array | np.float32:
+    """Of 2^n values the one whose number the n bits spell, the highest first."""
+    if not bits:
+        return values[0]
+    half = len(values) // 2
+    low, high = _selected(bits[1:], values[:half]), _selected(bits[1:], values[half:])
+    return jnp.where(bits[0], high, low)
 
 
 def quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

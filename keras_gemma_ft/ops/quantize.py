@@ -124,26 +124,45 @@ def quantize(weight: jax.typing.ArrayLike, kind: Kind = "nf4", double: bool = Tr
 
 
 def quantize_pieces(
-    pieces: Iterable[jax.typing.ArrayLike], kind: Kind = "nf4", double: bool = True
+    pieces: Iterable[jax.typing.ArrayLike], rows: int, kind: Kind = "nf4", double: bool = True
 ) -> QuantizedTensor:
     """`quantize(concatenate(pieces))` of one matrix, bit for bit, holding one unquantized piece at a time.
 
     For tensors too large to sit beside their quantized copy (an embedding table, streamed from its file).
 
     Args:
-        pieces: Consecutive rows [rows, in]; for NF4 whole blocks of them, rows · in divisible by 64.
+        pieces: Consecutive rows [n, in]; for NF4 whole blocks of them, n · in divisible by 64.
+        rows: Of all pieces.
         kind: As for `quantize`.
         double: As for `quantize`.
 
     Raises:
         ValueError: As for `quantize`.
     """
-    single = [quantize(piece, kind, double=False) for piece in pieces]
-    tensor: QuantizedTensor = jax.tree.map(lambda *parts: jnp.concatenate(parts), *single)
+    tensor: Any = None
+    done = 0
+    for piece in pieces:
+        part = quantize(piece, kind, double=False)
+        count = part.shape[0]
+        if tensor is None:
+            tensor = jax.tree.map(partial(_zeros_of_rows, rows, count), part)
+        # NF4 has many scales for a row, or one for several.
+        starts = jax.tree.map(lambda leaf: np.int32(done * leaf.shape[0] // count), part)  # noqa: B023
+        tensor, done = _put(tensor, part, starts), done + count
     if kind == "int8" or not double:
         return tensor
     absmax, nested, offset = jax.jit(nf4.quantize_absmax)(tensor.absmax)
     return QuantizedTensor(tensor.codes, absmax, nested, offset, "nf4")
+
+
+def _zeros_of_rows(rows: int, count: int, leaf: jax.Array) -> jax.Array:
+    """For `rows` rows, where `leaf` is for `count`."""
+    return jnp.zeros((leaf.shape[0] * rows // count, *leaf.shape[1:]), leaf.dtype)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(tensor: Any, part: Any, starts: Any) -> Any:
+    return jax.tree.map(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), tensor, part, starts)
 
 
 def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:

@@ -20,7 +20,10 @@ WIDE = {
 LOADING = """
 import sys, threading, time
 import jax.numpy as jnp
+from keras_gemma_ft.model import reading
 from keras_gemma_ft.model.loading import HFSource, load
+
+reading.AHEAD = 16 * 2**20
 
 def anonymous():  # what is mapped from files can be dropped at any time
     for line in open("/proc/self/status"):

@@ -196,10 +196,11 @@ def test_gathering_touches_no_other_row() -> None:
 
 
 @pytest.mark.parametrize(("kind", "double"), KINDS)
-def test_pieces_equal_the_whole(kind: Kind, double: bool) -> None:
-    weight = normal(96, 128)
+@pytest.mark.parametrize("width", [128, 24])
+def test_pieces_equal_the_whole(kind: Kind, double: bool, width: int) -> None:
+    weight = normal(96, width)
     pieces = [np.asarray(weight[:32]), np.asarray(weight[32:40]), np.asarray(weight[40:])]
-    assert same(quantize_pieces(iter(pieces), kind, double), quantize(weight, kind, double))
+    assert same(quantize_pieces(iter(pieces), 96, kind, double), quantize(weight, kind, double))
 
 
 @pytest.mark.parametrize(("kind", "double"), KINDS)
