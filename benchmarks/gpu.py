@@ -27,7 +27,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CACHE = "KERAS_GEMMA_FT_CACHE"
-QLORA = "--method=qlora --quantization=nf4,embedding=nf4,per_layer_embedding=host"
+LARGE = "--method=qlora --quantization=nf4,embedding=nf4"
+QLORA = f"{LARGE},per_layer_embedding=host"
 HOST = "--quantization=per_layer_embedding=host"
 FAST = "--remat=matmuls --unroll"
 
@@ -46,13 +47,13 @@ CASES: dict[str, str] = {
     "e4b qlora smallest": f"--model=e4b {QLORA} --rows=1",
     "26b-a4b lora lean": "--model=26b_a4b --micro-batch=1",
     "26b-a4b lora smallest": "--model=26b_a4b --rows=1",
-    "26b-a4b qlora lean": f"--model=26b_a4b {QLORA}",
-    "26b-a4b qlora smallest": f"--model=26b_a4b {QLORA} --rows=1",
+    "26b-a4b qlora lean": f"--model=26b_a4b {LARGE}",
+    "26b-a4b qlora smallest": f"--model=26b_a4b {LARGE} --rows=1",
     "31b lora lean": "--model=31b --micro-batch=1",
     "31b lora smallest": "--model=31b --rows=1",
-    "31b qlora lean": f"--model=31b {QLORA} --micro-batch=2 --remat=sublayers",
-    "31b qlora fast": f"--model=31b {QLORA} --remat=feed_forward --unroll",
-    "31b qlora smallest": f"--model=31b {QLORA} --rows=1",
+    "31b qlora lean": f"--model=31b {LARGE} --micro-batch=2 --remat=sublayers",
+    "31b qlora fast": f"--model=31b {LARGE} --remat=feed_forward --unroll",
+    "31b qlora smallest": f"--model=31b {LARGE} --rows=1",
     "e4b lora 32k": "--model=e4b --rows=1 --length=32768",
 }
 

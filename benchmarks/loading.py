@@ -1,7 +1,8 @@
 """Loading a checkpoint into a quantized model, beside reading its files alone, as one JSON object.
 
     python benchmarks/loading.py --model=e4b --directory=/tmp/e4b     # writes 15 GB of random bfloat16 there
-    python benchmarks/loading.py --model=e4b --directory=/tmp/e4b --quantization=nf4,per_layer_embedding=host
+    python benchmarks/loading.py --model=e4b --directory=/tmp/e4b \\
+        --quantization=nf4,embedding=nf4,per_layer_embedding=nf4
 
 A directory that holds the checkpoint already is used as it is. Before both measurements the operating system
 is asked to forget the files (`posix_fadvise`). Prints
@@ -27,7 +28,7 @@ from keras_gemma_ft import compilation
 from keras_gemma_ft.errors import UserError
 
 READ_BYTES = 16 * 2**20
-ALL_NF4 = quantization_parts("nf4,embedding=nf4,per_layer_embedding=nf4")
+NF4 = quantization_parts("nf4,embedding=nf4")
 
 
 def write(model: str, directory: Path) -> None:
@@ -69,7 +70,7 @@ def measure(model: str, directory: Path, quantization: dict[str, Any]) -> dict[s
     from keras_gemma_ft.model import loading
     from keras_gemma_ft.model.weights import table
 
-    quantized = loading.checked(quantization)
+    quantized = loading.checked(quantization, decoder(model))
     if not (directory / "config.json").exists():
         write(model, directory)
     files = sorted(directory.glob("*.safetensors"))
@@ -108,7 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="of the checkpoint")
-    parser.add_argument("--quantization", type=quantization_parts, default=ALL_NF4)
+    parser.add_argument("--quantization", type=quantization_parts, default=NF4)
     given = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     compilation.prepare()

@@ -72,7 +72,7 @@ class GemmaCausalLM(keras.Model):
         self.config = config
         self.tokenizer = tokenizer
         self.preset = preset
-        self.quantization = loading.checked(quantization)
+        self.quantization = loading.checked(quantization, config)
         self.lora: LoraConfig | None = None
         self.seed = seed
         self.settings = Settings(dtype=jnp.dtype(self.compute_dtype))
@@ -118,7 +118,7 @@ class GemmaCausalLM(keras.Model):
         from keras_gemma_ft.presets import resolve_preset
 
         source = loading.open_source(resolve_preset(str(preset)))
-        quantized = loading.checked(quantization)
+        quantized = loading.checked(quantization, source.config)
         variable_dtype = keras.DTypePolicy(dtype).variable_dtype
         return cls(
             source.config,

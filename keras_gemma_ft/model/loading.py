@@ -257,11 +257,11 @@ def load(
         yield name, _load_one(weights[name], parts, dtype, kinds[name])
 
 
-def checked(given: str | Mapping[str, str] | None) -> Quantization:
+def checked(given: str | Mapping[str, str] | None, config: Gemma4Config) -> Quantization:
     """What is quantized, from a kind for all of the decoder's matrices or a mapping.
 
     Raises:
-        UserError: There is no such part or kind.
+        UserError: There is no such kind, or no such part in this decoder.
     """
     if given is None:
         return {}
@@ -275,6 +275,12 @@ def checked(given: str | Mapping[str, str] | None) -> Quantization:
                 remedy="give 'nf4' or 'int8', or a mapping from weights, embedding and per_layer_embedding; "
                 "only the per-layer embedding can be 'host'.",
             )
+    if "per_layer_embedding" in settings and not config.hidden_size_per_layer_input:
+        raise UserError(
+            "this model has no per-layer embedding",
+            where="quantization.per_layer_embedding",
+            remedy="leave it out, or use E2B or E4B.",
+        )
     return settings  # type: ignore[return-value]
 
 

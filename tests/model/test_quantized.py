@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from decoders import FLOAT32, Decoder, distance, gradients, logits, random_adapters, tokens
 
+from keras_gemma_ft.errors import UserError
+from keras_gemma_ft.model.causal_lm import GemmaCausalLM
 from keras_gemma_ft.model.loading import HFSource, load
 from keras_gemma_ft.ops.quantize import QuantizedTensor, dequantize
 
@@ -67,3 +70,8 @@ def test_logits_and_gradients_of_adapters(hf_directory):
     for name, factors in gradient_of["adapters"].items():
         for factor, gradient in factors.items():
             assert distance(found_gradients["adapters"][name][factor], gradient) < 1e-5, (name, factor)
+
+
+def test_a_part_that_the_model_does_not_have_is_refused(hf_directory):
+    with pytest.raises(UserError, match=r"quantization.per_layer_embedding: this model has no per-layer"):
+        GemmaCausalLM.from_preset(str(hf_directory("31b")), {"per_layer_embedding": "int8"})
