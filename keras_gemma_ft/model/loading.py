@@ -357,7 +357,8 @@ def _stacked(weight: Weight, arrays: Iterator[Any], dtype: str) -> jax.Array:
     else:
         row = 0
         for rows in arrays:
-            stacked[row : row + len(rows)], row = rows, row + len(rows)
+            stacked[row : row + len(rows)] = rows
+            row += len(rows)
     # Until it has arrived, this copy lives on; the next weight's would come to lie beside it.
     return jax.device_put(stacked).block_until_ready()
 
