@@ -153,6 +153,13 @@ class _Safetensors:
                 remedy="give a directory with model.safetensors, or with all shards of its index.",
             ) from error
         header.pop("__metadata__", None)
+        missing = max((entry["data_offsets"][1] for entry in header.values()), default=0) - self._data.size
+        if missing > 0:
+            raise UserError(
+                f"ends {missing:,} bytes before its weights do",
+                where=str(path),
+                remedy="download the checkpoint again.",
+            )
         self._header = header
         self.names = list(header)
 
