@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model import gemma4
 from keras_gemma_ft.model.config import Gemma4Config, LayerKind
-from keras_gemma_ft.model.gemma4 import KV, Adapters, Params, Settings
+from keras_gemma_ft.model.gemma4 import KV, Params, Settings
+from keras_gemma_ft.model.projections import Adapters
 from keras_gemma_ft.ops.attention import attention, decode_attention
 
 

@@ -20,7 +20,8 @@ from keras_gemma_ft.data.tokenizer import Tokenizer
 from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.model.decoding import Plan, Sampling, State, extend, prefill
-from keras_gemma_ft.model.gemma4 import Adapters, Params, Settings
+from keras_gemma_ft.model.gemma4 import Params, Settings
+from keras_gemma_ft.model.projections import Adapters
 
 BATCH_SIZE = 32
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation

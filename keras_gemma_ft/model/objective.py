@@ -13,6 +13,7 @@ from keras_gemma_ft.errors import UserError
 from keras_gemma_ft.model import gemma4
 from keras_gemma_ft.model.config import Gemma4Config
 from keras_gemma_ft.model.gemma4 import Settings
+from keras_gemma_ft.model.projections import Adapters
 from keras_gemma_ft.ops.cross_entropy import cross_entropy_sum
 from keras_gemma_ft.ops.dropout import fold
 
@@ -24,7 +25,7 @@ def loss_sum(
     config: Gemma4Config,
     settings: Settings,
     params: gemma4.Params,
-    adapters: gemma4.Adapters | None,
+    adapters: Adapters | None,
     batch: Batch,
     key: jax.Array | None,
     *,

@@ -19,6 +19,7 @@ from keras_gemma_ft.model import gemma4
 from keras_gemma_ft.model.config import Gemma4Config, Stage
 from keras_gemma_ft.model.gemma4 import KV, Settings
 from keras_gemma_ft.model.loading import Source
+from keras_gemma_ft.model.projections import Adapters
 from keras_gemma_ft.model.weights import Weight, table
 
 _VOCABULARY_PIECE = 2**15  # rows of the embedding table in one product
@@ -103,7 +104,7 @@ def _layer(
     settings: Settings,
     kind_name: str,
     params: Mapping[str, Any],
-    adapters: gemma4.Adapters,
+    adapters: Adapters,
     per_layer: jax.Array | None,
     x: jax.Array,
     shared: KV | None,

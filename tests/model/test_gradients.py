@@ -15,7 +15,7 @@ from decoders import FLOAT32, VOCABULARY, distance, gradients, random_adapters, 
 from programs import depends_on, equations
 from small_models import KINDS
 
-from keras_gemma_ft.model import gemma4
+from keras_gemma_ft.model import gemma4, projections
 from keras_gemma_ft.model.weights import ALL_LINEAR, table
 
 RANK, ALPHA = 4, 8.0
@@ -226,7 +226,7 @@ def test_an_inputs_gradient_waits_for_those_of_its_adapters():
     """XLA would put them off, and keep until then what they are computed from."""
 
     def total(x: jax.Array, factors: Any) -> jax.Array:
-        x, factors = gemma4._gradients_at_once(x, factors)
+        x, factors = projections._gradients_at_once(x, factors)
         return (x @ factors["q_proj"]["lora_a"].T).sum()
 
     x, factors = jnp.ones((5, 8)), {"q_proj": {"lora_a": jnp.ones((3, 8))}}
