@@ -4,7 +4,7 @@ Two kinds: "nf4" (ops/nf4.py, 4.127 bits a weight) and "int8" (one scale for eac
 `QuantizedTensor` is a pytree whose leading axes may stack layers, groups or experts, so `lax.scan` and
 indexing slice it like an array; its last two axes are always one matrix [out, in].
 
-Nothing keeps a dequantized copy: `linear` dequantizes once in the forward and again in the backward pass,
+Nothing keeps a dequantized copy: `linears` dequantizes once in the forward and again in the backward pass,
 each time where the product needs it.
 """
 
@@ -179,16 +179,11 @@ def dequantize(tensor: QuantizedTensor, dtype: jax.typing.DTypeLike = jnp.bfloat
 def dequantized_after(x: jax.Array, matrix: Quantized, before: Any = ()) -> tuple[jax.Array, jax.Array, Any]:
     """x, a quantized matrix or stack in x's dtype that exists no sooner than x and `before`, and `before`.
 
-    A placed one is taken out of its stack behind the barrier, too, as a part of dequantizing it. The smallest
-    part of the stack goes through the barrier: those of two matrices would else be one, and both matrices
-    would be dequantized together.
+    A placed one is taken out of its stack behind the barrier, too, as a part of dequantizing it.
     """
     if isinstance(matrix, Placed):
-        leaves, structure = jax.tree.flatten(matrix.stack)
-        smallest = min(range(len(leaves)), key=lambda number: leaves[number].size)
-        waiting = (x, before, matrix.place, leaves[smallest])
-        x, before, place, leaves[smallest] = jax.lax.optimization_barrier(waiting)
-        tensor = take(jax.tree.unflatten(structure, leaves), place)
+        x, before, place = jax.lax.optimization_barrier((x, before, matrix.place))
+        tensor = take(matrix.stack, place)
     else:
         x, before, tensor = jax.lax.optimization_barrier((x, before, matrix))
     return x, dequantize(tensor, x.dtype), before
@@ -208,11 +203,6 @@ def gather_rows(
 
 def _int8_values(codes: jax.Array, absmax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return (codes.astype(jnp.float32) * (absmax * np.float32(1 / 127))[..., None]).astype(dtype)
-
-
-def linear(x: jax.Array, matrix: Quantized) -> jax.Array:
-    """x [..., in] times one quantized matrix [out, in], transposed: [..., out]; see `linears`."""
-    return linears(x, (matrix,))[0]
 
 
 @jax.custom_vjp

@@ -17,7 +17,6 @@ from keras_gemma_ft.ops.quantize import (
     dequantize,
     from_arrays,
     gather_rows,
-    linear,
     linears,
     quantize,
     quantize_pieces,
@@ -29,6 +28,10 @@ KINDS = [("nf4", True), ("nf4", False), ("int8", True)]
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def linear(x: jax.Array, matrix: QuantizedTensor | Placed) -> jax.Array:
+    return linears(x, [matrix])[0]
 
 
 def same(left: QuantizedTensor, right: QuantizedTensor) -> bool:
