@@ -88,7 +88,12 @@ class HFSource:
     def _weight_files(self) -> list[Path]:
         index = self._directory / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise UserError(
+                    "holds no weight_map", where=str(index), remedy="download the checkpoint again."
+                )
+            names = sorted(set(shards.values()))
         else:
             names = ["model.safetensors"]
         return [self._directory / name for name in names]
@@ -145,18 +150,18 @@ class _Safetensors:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             self._data = np.memmap(path, np.uint8, "r", offset=8 + size)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"the weights cannot be read ({getattr(error, 'strerror', None) or 'no safetensors file'})",
                 where=str(path),
                 remedy="give a directory with model.safetensors, or with all shards of its index.",
             ) from error
-        header.pop("__metadata__", None)
-        missing = max((entry["data_offsets"][1] for entry in header.values()), default=0) - self._data.size
-        if missing > 0:
+        if end > self._data.size:
             raise UserError(
-                f"ends {missing:,} bytes before its weights do",
+                f"ends {end - self._data.size:,} bytes before its weights do",
                 where=str(path),
                 remedy="download the checkpoint again.",
             )

@@ -57,3 +57,18 @@ def test_a_shard_that_is_not_there(directory):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"of-00002.safetensors: the weights cannot be read \(No such file"):
         HFSource(directory)
+
+
+@pytest.mark.parametrize("header", [b"", b"[]", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": []}}'])
+def test_a_file_that_is_no_safetensors(directory, header):
+    content = len(header).to_bytes(8, "little") + header + bytes(8) if header else b""
+    (directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"the weights cannot be read \(no safetensors file\)"):
+        HFSource(directory)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}'])
+def test_an_index_without_shards(directory, index):
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index.json: holds no weight_map"):
+        HFSource(directory)
