@@ -71,6 +71,7 @@ def weightless(case: argparse.Namespace) -> tuple[Any, set[int]]:
         return jax.device_put(reading.aligned(shape.shape, shape.dtype))
 
     def load(source: Any, dtype: str, quantization: Any = None) -> Iterator[tuple[str, Any]]:
+        source = loading.RandomSource(source.config)  # its values can be left uncomputed, a file's not unread
         for name, weight in table(source.config).items():
             kind = loading.kind_of(weight, quantization)
 
@@ -158,7 +159,7 @@ def main() -> None:
                 remedy="give a file of XLA's xla/backends/gpu/target_config/specs.",
             ) from error
         print(json.dumps(measure(case, described_gpu(description, given.target))), flush=True)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"compile_for.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

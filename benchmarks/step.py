@@ -317,7 +317,7 @@ def main() -> None:
     compilation.prepare()
     try:
         print(json.dumps(measure(case)), flush=True)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"step.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

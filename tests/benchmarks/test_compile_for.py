@@ -23,7 +23,7 @@ def compile_for(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize(
     "case",
-    ["--model=tiny", "--model=tiny --method=qlora --quantization=nf4,embedding=int8"],
+    ["--model=tiny", "--preset=gemma4_tiny", "--model=tiny --method=qlora --quantization=nf4,embedding=int8"],
 )
 def test_a_weightless_model_has_the_variables_of_a_real_one(compile_for, case):
     parsed = compile_for.step.arguments(case.split())
